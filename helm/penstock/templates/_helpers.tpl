@@ -1,0 +1,64 @@
+{{- define "penstock.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "penstock.selectorLabels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "penstock.labels" -}}
+{{ include "penstock.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end -}}
+
+{{- /* The port inside the container. Nothing outside depends on it: the Service targets it by name. */ -}}
+{{- define "penstock.port" -}}8080{{- end -}}
+
+{{- /* The Secret that holds the hashed keys; empty when there are none. */ -}}
+{{- define "penstock.keysSecret" -}}
+{{- if .Values.auth.existingSecret -}}
+{{- .Values.auth.existingSecret -}}
+{{- else if .Values.auth.keys -}}
+{{- printf "%s-keys" (include "penstock.fullname" . | trunc 58 | trimSuffix "-") -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Penstock's settings file. Everything that needs a setting's final value reads it from here, so that `config` counts. */ -}}
+{{- define "penstock.settings" -}}
+{{- $auth := dict "allow_anonymous" .Values.auth.allowAnonymous -}}
+{{- if include "penstock.keysSecret" . -}}
+{{- $_ := set $auth "keys_file" "/etc/penstock/auth/keys.txt" -}}
+{{- end -}}
+{{- $listen := dict "host" "0.0.0.0" "port" (include "penstock.port" . | int) -}}
+{{- $settings := dict "listen" $listen "upstreams" (list .Values.upstream) "auth" $auth -}}
+{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "timing") -}}
+{{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
+{{- end -}}
+
+{{- /* Seconds between the pod's deletion and SIGKILL: never less than the drain needs. */ -}}
+{{- define "penstock.gracePeriod" -}}
+{{- $drain := (include "penstock.settings" . | fromYaml).timing.drain_seconds -}}
+{{- add (int .Values.shutdown.preStopSeconds) (ceil $drain | int) (int .Values.shutdown.marginSeconds) -}}
+{{- end -}}
+
+{{- /* What a schema can refuse only with an unhelpful message. */ -}}
+{{- define "penstock.refuse" -}}
+{{- if and .Values.auth.keys .Values.auth.existingSecret -}}
+{{- fail "auth.keys and auth.existingSecret are both set. Keep one: the chart mounts a single keys file." -}}
+{{- end -}}
+{{- if not (or .Values.auth.allowAnonymous (include "penstock.keysSecret" .)) -}}
+{{- fail "auth: no API keys, so everybody who reaches the Service could use the engine. Make a key with 'penstock hash-key' and pass --set auth.keys.NAME=sha256:HEX; or name a Secret that holds such lines, --set auth.existingSecret=SECRET; or accept open access, --set auth.allowAnonymous=true." -}}
+{{- end -}}
+{{- range $owned := list "listen" "auth" -}}
+{{- if hasKey $.Values.config $owned -}}
+{{- fail (printf "config.%s: the chart sets it itself, since the Service, the probes and the mounted Secret depend on it. Use the values %s instead." $owned (get (dict "listen" "service.port" "auth" "auth.*") $owned)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

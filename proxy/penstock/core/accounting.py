@@ -1,0 +1,127 @@
+"""What was generated, delivered and withheld: two meters and the engine's own count.
+
+`generated` stands right behind the reader, `feed` right before the numbering; between them nothing may get
+lost, so generated + added = delivered + everything withheld, in bytes, at the end of every stream (G6).
+"""
+
+from penstock.core.events import (
+    Channel,
+    EngineUsage,
+    Event,
+    Ext,
+    Finished,
+    Text,
+    ToolArguments,
+    ToolDelta,
+    Usage,
+    Withheld,
+    utf8_size,
+)
+
+
+class Accounting:
+    """The step. Consumes `Withheld` and `EngineUsage`; everything else passes."""
+
+    def __init__(self) -> None:
+        self._sizes = {
+            "generated": 0, "added": 0, "delivered": 0, "marker": 0, "hidden": 0, "stop": 0, "moderation": 0
+        }  # fmt: skip
+        self._reasoning_tokens = 0
+        self._answer_tokens = 0
+        self._tool_tokens = 0
+        self._delivered_tokens = 0
+        self._generated_tokens = 0
+        self._by_choice: dict[int, int] = {}
+        self._engine: Ext = {}
+        self._engine_was_final = False
+
+    def generated(self, items: list[Event]) -> None:
+        """The first meter: what the engine wrote, before any step."""
+        for item in items:
+            if isinstance(item, Text):
+                self._sizes["generated"] += utf8_size(item.text)
+                self._generate(item.choice, item.tokens)
+            elif isinstance(item, ToolDelta):
+                self._sizes["generated"] += utf8_size(item.arguments)
+                self._generate(item.choice, item.tokens)
+            elif isinstance(item, Finished):
+                self._generate(item.choice, item.tokens)
+
+    def feed(self, items: list[Event]) -> list[Event]:
+        """The second meter: what leaves, and what was kept back on the way."""
+        consumed = False
+        for item in items:
+            if isinstance(item, Text):
+                self._deliver_text(item)
+            elif isinstance(item, ToolArguments):
+                self._sizes["delivered"] += utf8_size(item.text)
+                self._tool_tokens += item.tokens
+                self._delivered_tokens += item.tokens
+            elif isinstance(item, Withheld):
+                consumed = True
+                self._sizes[item.kind] += utf8_size(item.text)
+                if item.kind == "hidden":
+                    self._reasoning_tokens += item.tokens
+            elif isinstance(item, EngineUsage):
+                consumed = True
+                self._engine = item.fields
+                self._engine_was_final = item.final
+        return [i for i in items if not isinstance(i, Withheld | EngineUsage)] if consumed else items
+
+    def usage(self, *, final: bool, cancelled: bool = False) -> Usage:
+        """The counts so far. `estimated` unless the engine gave its total for the whole request."""
+        engine, exact = self._engine, self._engine_was_final
+        completion = self._generated_tokens
+        if exact:
+            completion = max(completion, _count(engine, "completion_tokens"))
+        reasoning = _detail(engine, "completion_tokens_details", "reasoning_tokens") if exact else None
+        counted = self._reasoning_tokens if reasoning is None else reasoning
+        return Usage(
+            prompt_tokens=_count(engine, "prompt_tokens"),
+            cached_tokens=_detail(engine, "prompt_tokens_details", "cached_tokens") or 0,
+            completion_tokens=completion,
+            reasoning_tokens=counted,
+            answer_tokens=self._answer_tokens,
+            tool_tokens=self._tool_tokens,
+            delivered_tokens=self._delivered_tokens,
+            wasted_tokens_after_cancel=completion - self._generated_tokens if cancelled else 0,
+            estimated=not exact,
+            sizes=dict(self._sizes),
+            final=final,
+            engine_fields=engine if exact else None,
+        )
+
+    def tokens_of(self, choice: int) -> tuple[int, int]:
+        """Prompt tokens and the tokens that `choice` has generated so far."""
+        return _count(self._engine, "prompt_tokens"), self._by_choice.get(choice, 0)
+
+    @property
+    def generated_tokens(self) -> int:
+        return self._generated_tokens
+
+    def _generate(self, choice: int, tokens: int) -> None:
+        if tokens:
+            self._generated_tokens += tokens
+            self._by_choice[choice] = self._by_choice.get(choice, 0) + tokens
+
+    def _deliver_text(self, item: Text) -> None:
+        size = utf8_size(item.text)
+        self._sizes["delivered"] += size
+        if item.added:
+            self._sizes["added"] += size
+        self._delivered_tokens += item.tokens
+        if item.channel is Channel.REASONING:
+            self._reasoning_tokens += item.tokens
+        else:
+            self._answer_tokens += item.tokens
+
+
+def _count(usage: Ext, name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _detail(usage: Ext, group: str, name: str) -> int | None:
+    details = usage.get(group)
+    value = details.get(name) if isinstance(details, dict) else None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,257 @@
+"""Raw text -> reasoning, answer and tool markup, by the family's table; holds back only half-seen markers.
+
+Three ways an engine can speak are met here: it split the channels itself (`reasoning` fields), it left everything
+inline, or it split some of it. The first reasoning field of a choice settles that the engine splits, and from
+there on its text is answer.
+"""
+
+import re
+from typing import Any, Literal, assert_never
+
+from penstock.core.events import Channel, Event, Finished, Text, ToolDelta, ToolMarkup, Withheld
+from penstock.core.families import Family, State
+
+ReasoningPolicy = Literal["separate", "hide", "inline"]
+
+# How much white space may be held before a block; past it the space is text, so that nothing holds without bound.
+_MOST_SPACE = 256
+# How much of a header is kept to decide by; a longer one is still counted, but not stored.
+_MOST_HEADER = 512
+_INLINE_MARKS = ("<think>", "</think>")
+
+
+class Channels:
+    """The step. `thinking` is False where the request switched it off, so that nothing starts as reasoning."""
+
+    def __init__(self, family: Family, *, policy: ReasoningPolicy, tools: bool, thinking: bool = True) -> None:
+        self._family = family if tools else family.without_tools
+        self._start = family.start if thinking else family.start_without_thinking
+        self._policy = policy
+        self._choices: dict[int, _ChoiceChannels] = {}
+
+    def feed(self, items: list[Event]) -> list[Event]:
+        out: list[Event] = []
+        for item in items:
+            if isinstance(item, Text):
+                self._choice(item.choice).text(item, out)
+            elif isinstance(item, ToolDelta):
+                self._choice(item.choice).settle(out)
+                out.append(item)
+            elif isinstance(item, Finished):
+                self._choice(item.choice).finish(item, out)
+                out.append(item)
+            else:
+                out.append(item)
+        return out
+
+    def flush(self) -> list[Event]:
+        """Everything still held, when the stream ends without the choices' own ends."""
+        out: list[Event] = []
+        for choice in self._choices.values():
+            choice.flush(out)
+        return out
+
+    def _choice(self, choice: int) -> "_ChoiceChannels":
+        found = self._choices.get(choice)
+        if found is None:
+            found = self._choices[choice] = _ChoiceChannels(choice, self._family, self._start, self._policy)
+        return found
+
+
+class _Extras:
+    """Tokens, logprobs and token ids whose text is held or was a marker: they go with what comes next."""
+
+    __slots__ = ("logprobs", "token_ids", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.logprobs: list[Any] | None = None
+        self.token_ids: list[int] | None = None
+
+    def keep(self, item: Text) -> None:
+        self.tokens += item.tokens
+        if item.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + item.logprobs
+        if item.token_ids is not None:
+            self.token_ids = (self.token_ids or []) + item.token_ids
+
+    def take_tokens(self) -> int:
+        tokens, self.tokens = self.tokens, 0
+        return tokens
+
+    def give(self, item: Text | Finished) -> None:
+        item.tokens += self.take_tokens()
+        if self.logprobs is not None:
+            item.logprobs, self.logprobs = self.logprobs + (item.logprobs or []), None
+        if self.token_ids is not None:
+            item.token_ids, self.token_ids = self.token_ids + (item.token_ids or []), None
+
+
+class _ChoiceChannels:
+    def __init__(self, choice: int, family: Family, start: str, policy: ReasoningPolicy) -> None:
+        self._choice = choice
+        self._family = family
+        self._policy = policy
+        self._state: State = family.states[start]
+        self._held = ""
+        self._header = ""
+        self._extras = _Extras()
+        self._engine_splits = False
+        self._inline_open = False
+
+    def text(self, item: Text, out: list[Event]) -> None:
+        match item.channel:
+            case Channel.RAW:
+                self._raw(item, out)
+            case Channel.REASONING:
+                self._release(out)
+                if not self._engine_splits:
+                    self._engine_splits = True
+                    self._state = self._family.states[self._family.start_without_thinking]
+                self._reasoning(item, out)
+            case Channel.ANSWER:
+                self._release(out)
+                self._answer(item, out)
+            case _:
+                assert_never(item.channel)
+
+    def settle(self, out: list[Event]) -> None:
+        """Lets go of what is held: the engine itself said that something else begins."""
+        self._release(out)
+        self._close_inline(out)
+
+    def finish(self, item: Finished, out: list[Event]) -> None:
+        self.flush(out)
+        self._extras.give(item)
+
+    def flush(self, out: list[Event]) -> None:
+        self.settle(out)
+        if self._state.channel == "tool":
+            out.append(ToolMarkup(self._choice, self._state.syntax, "", phase="cut"))
+            self._state = self._family.states[self._family.start_without_thinking]
+
+    def _raw(self, item: Text, out: list[Event]) -> None:
+        state = self._state
+        if not self._held and state.otherwise is None and state.markers.are_excluded_by(item.text):
+            self._emit(state, item, out)
+            return
+        self._extras.keep(item)
+        self._held = self._scan(self._held + item.text, out)
+
+    def _scan(self, text: str, out: list[Event]) -> str:
+        """Walks from marker to marker and returns what may yet become one."""
+        while text:
+            state = self._state
+            found = state.next_marker(text)
+            if found is not None:
+                start, end, marker = found
+                if start:
+                    self._emit_piece(text[:start], out)
+                self._pass_marker(marker, text[start:end], out)
+                text = text[end:]
+            elif state.otherwise is None:
+                free = len(text) - state.markers.unfinished(text)
+                if free:
+                    self._emit_piece(text[:free], out)
+                return text[free:]
+            elif len(text) <= _MOST_SPACE and state.markers.may_begin(text.lstrip()):
+                return text
+            else:
+                self._state = self._family.states[state.otherwise]
+        return ""
+
+    def _pass_marker(self, marker: str, text: str, out: list[Event]) -> None:
+        state = self._state
+        out.append(Withheld(self._choice, "marker", text, self._extras.take_tokens()))
+        target, tool = state.on[marker], None
+        if state.headers:
+            target, tool = self._read_header(state, target)
+        self._state = following = self._family.states[target]
+        if state.channel == "tool":
+            out.append(ToolMarkup(self._choice, state.syntax, "", phase="closed"))
+        if following.channel == "tool":
+            self._close_inline(out)
+            out.append(ToolMarkup(self._choice, following.syntax, "", phase="opened", name=tool))
+
+    def _read_header(self, state: State, default: str) -> tuple[str, str | None]:
+        header, self._header = self._header, ""
+        for pattern, target in state.headers:
+            if found := re.search(pattern, header):
+                return target, found.group(1) if found.groups() else None
+        return default, None
+
+    def _emit_piece(self, text: str, out: list[Event]) -> None:
+        self._emit(self._state, Text(self._choice, Channel.RAW, text), out)
+
+    def _emit(self, state: State, item: Text, out: list[Event]) -> None:
+        match state.channel:
+            case "answer":
+                self._answer(item, out)
+            case "reasoning":
+                self._reasoning(item, out)
+            case "tool":
+                self._extras.keep(item)
+                out.append(ToolMarkup(self._choice, state.syntax, item.text, tokens=self._extras.take_tokens()))
+            case "markup":
+                self._extras.keep(item)
+                self._header = (self._header + item.text)[:_MOST_HEADER]
+                out.append(Withheld(self._choice, "marker", item.text, self._extras.take_tokens()))
+            case _:
+                assert_never(state.channel)
+
+    def _answer(self, item: Text, out: list[Event]) -> None:
+        if not item.text:
+            self._extras.keep(item)
+            return
+        self._close_inline(out)
+        item.channel = Channel.ANSWER
+        self._extras.give(item)
+        _append(item, out)
+
+    def _reasoning(self, item: Text, out: list[Event]) -> None:
+        if not item.text:
+            self._extras.keep(item)
+            return
+        if self._policy == "hide":
+            self._extras.keep(item)
+            out.append(Withheld(self._choice, "hidden", item.text, self._extras.take_tokens()))
+            return
+        if self._policy == "inline" and not self._inline_open:
+            self._inline_open = True
+            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[0], added=True))
+        item.channel = Channel.ANSWER if self._policy == "inline" else Channel.REASONING
+        self._extras.give(item)
+        _append(item, out)
+
+    def _close_inline(self, out: list[Event]) -> None:
+        if self._inline_open:
+            self._inline_open = False
+            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[1], added=True))
+
+    def _release(self, out: list[Event]) -> None:
+        """Held text was no marker after all."""
+        if self._held:
+            text, self._held = self._held, ""
+            if self._state.otherwise is not None:
+                self._state = self._family.states[self._state.otherwise]
+            self._emit_piece(text, out)
+
+
+def _append(item: Text, out: list[Event]) -> None:
+    """Text that follows on in the same channel within one read becomes one event: one object, one write."""
+    last = out[-1] if out else None
+    if (
+        isinstance(last, Text)
+        and last.choice == item.choice
+        and last.channel is item.channel
+        and last.refusal is item.refusal
+        and not last.added
+    ):
+        last.text += item.text
+        last.tokens += item.tokens
+        if item.logprobs is not None:
+            last.logprobs = (last.logprobs or []) + item.logprobs
+        if item.token_ids is not None:
+            last.token_ids = (last.token_ids or []) + item.token_ids
+    else:
+        out.append(item)

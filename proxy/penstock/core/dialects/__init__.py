@@ -1,0 +1,48 @@
+"""How answers are spelled: one file per dialect, each with its stream, its whole answer and its errors.
+
+A dialect is chosen per request and lives as long as its stream. `Dialect` is what the exchange needs of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from penstock.core.errors import Problem
+from penstock.core.events import ClientEvent
+
+
+class Dialect(Protocol):
+    """Spells one stream. `streams` is False where the client gets one whole body at the end."""
+
+    streams: ClassVar[bool]
+    content_type: ClassVar[str]
+    preamble: ClassVar[bytes]
+    heartbeat: ClassVar[bytes]
+
+    def render(self, event: ClientEvent, seq: int, ts: int, ext: "Ext") -> bytes:
+        """The bytes of one event, empty where this dialect has no word for it. `ts` is in Unix milliseconds."""
+
+    def whole(self) -> tuple[int, bytes]:
+        """HTTP status and body of the whole answer, once every event was rendered."""
+
+    def refusal(self, problem: Problem) -> bytes:
+        """The body of an HTTP error answer, where nothing was sent yet."""
+
+
+class Ext:
+    """Engine fields without a place in the schema, waiting for the next event that they belong to."""
+
+    __slots__ = ("beside", "choice", "delta")
+
+    def __init__(self) -> None:
+        self.beside: dict[str, Any] = {}
+        self.choice: dict[str, Any] = {}
+        self.delta: dict[str, Any] = {}
+
+    def merged(self) -> Mapping[str, Any]:
+        return {**self.beside, **self.choice, **self.delta}
+
+    def __bool__(self) -> bool:
+        return bool(self.beside or self.choice or self.delta)
+
+
+NO_EXT = Ext()

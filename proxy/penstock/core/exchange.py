@@ -1,0 +1,459 @@
+"""THE JOURNEY: one request, from the engine's bytes to the client's, and its single ending.
+
+    engine bytes -> reader -> channels -> tools -> stop strings -> moderation -> accounting -> blocks
+                 -> numbered and spelled in the client's dialect -> client bytes
+
+The shell tells it signals and carries out its commands, in their order. Nothing else knows the order of the
+steps, and no two steps know each other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never, cast
+
+from penstock.core.accounting import Accounting
+from penstock.core.blocks import Blocks
+from penstock.core.channels import Channels, ReasoningPolicy
+from penstock.core.commands import (
+    AbortEngine,
+    Close,
+    Command,
+    Ending,
+    OpenClient,
+    RecordUsage,
+    Respond,
+    SendToClient,
+    WakeAt,
+)
+from penstock.core.dialects import NO_EXT, Dialect, Ext
+from penstock.core.engine_stream import ChatReader, refusal_message
+from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, Problem
+from penstock.core.events import (
+    ClientEvent,
+    EngineDone,
+    EngineOpened,
+    Event,
+    Extra,
+    Failed,
+    Finished,
+    FinishReason,
+    Role,
+    StreamEnded,
+    StreamStarted,
+    StreamStatus,
+    Text,
+    ToolArguments,
+    ToolStarted,
+    Usage,
+    Warned,
+)
+from penstock.core.families import Family
+from penstock.core.moderation import Moderation
+from penstock.core.request import StreamRequest
+from penstock.core.signals import (
+    Broke,
+    Cancelled,
+    ClientLeft,
+    ClockTicked,
+    Draining,
+    EngineAnswered,
+    EngineClosed,
+    EngineRefused,
+    EngineSpoke,
+    Signal,
+)
+from penstock.core.stop_strings import StopStrings
+from penstock.core.tool_calls import ToolCalls
+
+_USAGE_TICK_SECONDS = 1.0
+_CARRIES_EXT = (Role, Text, ToolStarted, ToolArguments, Finished, Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The caps and times of one stream. Sizes in bytes, times in seconds."""
+
+    line_bytes: int
+    stream_bytes: int
+    stream_seconds: float
+    first_byte_seconds: float
+    heartbeat_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What an exchange is given: who it is, how it reads and what bounds it. `epoch_ms` is the time at `started`."""
+
+    stream_id: str
+    upstream: str
+    trace_id: str | None
+    family: Family
+    reasoning: ReasoningPolicy
+    bounds: Bounds
+    started: float
+    epoch_ms: int
+
+
+class _Phase(Enum):
+    WAITING = 1  # no byte was sent: what fails now is an HTTP answer
+    OPEN = 2  # the head was sent: what fails now is an event
+    OVER = 3
+
+
+class Exchange:
+    """One conversation. `spell` makes the dialect, given a way to ask for the tokens of a choice so far.
+
+    Call `start` once, then `receive` with every signal; after the commands end with `Close`, nothing follows.
+    """
+
+    def __init__(
+        self,
+        request: StreamRequest,
+        setting: Setting,
+        spell: Callable[[Callable[[int], tuple[int, int]]], Dialect],
+    ) -> None:
+        self._request = request
+        self._setting = setting
+        self._phase = _Phase.WAITING
+        self._reader = ChatReader(setting.bounds.line_bytes)
+        tools = bool(request.offered_tools)
+        self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
+        self._tools = ToolCalls(request.offered_tools, self._new_call_id)
+        self._stop_strings = StopStrings(request.stop, include=request.include_stop)
+        self._moderation = Moderation()
+        self._accounting = Accounting()
+        self._blocks = Blocks()
+        self._dialect = spell(self._accounting.tokens_of)
+        self._begun: StreamStarted | None = None
+        self._seq = 0
+        self._sent = 0
+        self._last_write = setting.started
+        self._last_tick = setting.started
+        self._ticked_tokens = 0
+        self._first_text: float | None = None
+        self._ext: dict[int | None, Ext] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return self._phase is _Phase.OVER
+
+    def start(self) -> list[Command]:
+        return [self._next_wake()]
+
+    def receive(self, signal: Signal) -> list[Command]:
+        """What to do about a signal, in order. Never raises on anything that came from outside."""
+        if self._phase is _Phase.OVER:
+            return []
+        match signal:
+            case EngineSpoke():
+                return self._hear(self._reader.feed(signal.data), signal.now)
+            case EngineAnswered():
+                return self._hear(self._reader.read_whole(signal.body), signal.now)
+            case EngineRefused():
+                return self._refused(signal)
+            case EngineClosed():
+                return self._engine_closed(signal)
+            case ClockTicked():
+                return self._tick(signal.now)
+            case ClientLeft():
+                return self._leave(signal.now)
+            case Cancelled():
+                return self._end(Ending.CANCELLED, None, signal.now)
+            case Draining():
+                draining = Overloaded("draining", "this replica is shutting down; send the request again")
+                return self._fail(Ending.DRAINING, draining, signal.now)
+            case Broke():
+                problem = OurBug("internal_error", "Penstock failed on this stream; its log has the stream id")
+                return self._fail(Ending.OUR_BUG, problem, signal.now)
+            case _:
+                assert_never(signal)
+
+    # -- the journey -------------------------------------------------------------------------------
+
+    def _hear(self, heard: list[Event], now: float) -> list[Command]:
+        """One read of the engine, taken all the way."""
+        items, done, failure = self._sort(heard)
+        items, engine_fault = self._travel(items)
+        self._tick_usage(items, now)
+        commands = self._send(items, now)
+        if failure is None and engine_fault is not None:
+            failure = _engine_fault(engine_fault)
+        if failure is not None:
+            return commands + self._end(Ending.ENGINE_ERROR, failure, now)
+        if done or self._is_answered():
+            return commands + self._conclude(now, engine_is_done=done)
+        if self._sent >= self._setting.bounds.stream_bytes:
+            return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
+        return commands
+
+    def _travel(self, items: list[Event]) -> tuple[list[Event], Finished | None]:
+        """Through the steps, in the one order there is. An engine's own `abort` or `error` comes out apart."""
+        self._accounting.generated(items)
+        items = self._channels.feed(items)
+        items = self._tools.feed(items)
+        items = self._stop_strings.feed(items)
+        fault = next((i for i in items if isinstance(i, Finished) and i.cause in ("abort", "error")), None)
+        if fault is not None:
+            items.remove(fault)
+        items = self._moderation.feed(items)
+        items = self._accounting.feed(items)
+        return self._blocks.feed(items), fault
+
+    def _let_go(self) -> tuple[list[Event], list[Event]]:
+        """What the steps still hold, when no more will come: text, and the ends of calls that stay unfinished."""
+        held = self._tools.feed(self._channels.flush())
+        calls = self._tools.flush()
+        held = self._stop_strings.feed(held) + self._stop_strings.flush()
+        held = self._accounting.feed(self._moderation.feed(held))
+        return self._blocks.feed(held), self._blocks.feed(self._accounting.feed(calls))
+
+    def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
+        """Takes out of what was heard what concerns the whole exchange and no step."""
+        items: list[Event] = []
+        done, failure = False, None
+        for event in heard:
+            if isinstance(event, EngineOpened):
+                self._begin(event)
+            elif isinstance(event, EngineDone):
+                done = True
+            elif isinstance(event, Failed):
+                failure = event
+            else:
+                items.append(event)
+        return items, done, failure
+
+    def _begin(self, opened: EngineOpened) -> None:
+        self._begun = StreamStarted(
+            model=opened.model or self._request.model,
+            choices=self._request.choices,
+            upstream=self._setting.upstream,
+            trace_id=self._setting.trace_id,
+            engine_id=opened.engine_id or f"chatcmpl-{self._setting.stream_id}",
+            created=opened.created,
+            whole=opened.whole,
+        )
+
+    def _tick_usage(self, items: list[Event], now: float) -> None:
+        tokens = self._accounting.generated_tokens
+        if now - self._last_tick >= _USAGE_TICK_SECONDS and tokens != self._ticked_tokens:
+            self._last_tick, self._ticked_tokens = now, tokens
+            items.append(self._accounting.usage(final=False))
+
+    def _is_answered(self) -> bool:
+        """Every choice is finished though the engine goes on: our own stop strings cut them."""
+        choices = range(self._request.choices)
+        return bool(self._request.stop) and all(map(self._stop_strings.has_stopped, choices))
+
+    # -- to the client -----------------------------------------------------------------------------
+
+    def _send(self, items: list[Event], now: float) -> list[Command]:
+        data = self._spell(items, now)
+        if not self._dialect.streams or not data:
+            return []
+        self._sent += len(data)
+        self._last_write = now
+        if self._phase is _Phase.WAITING:
+            self._phase = _Phase.OPEN
+            return [OpenClient(self._dialect.preamble + data)]
+        return [SendToClient(data)]
+
+    def _spell(self, items: list[Event], now: float) -> bytes:
+        """Numbers each event and encodes it, once; what one read brought is one write."""
+        ts = self._setting.epoch_ms + int((now - self._setting.started) * 1000)
+        pieces: list[bytes] = []
+        if self._seq == 0 and items:
+            pieces.append(self._spell_start(ts))
+        for item in items:
+            if isinstance(item, Extra):
+                self._keep(item)
+                continue
+            if self._first_text is None and isinstance(item, Text | ToolStarted):
+                self._first_text = now
+            self._seq += 1
+            ext = self._take_ext(item) if self._ext else NO_EXT
+            pieces.append(self._dialect.render(cast(ClientEvent, item), self._seq, ts, ext))
+        return b"".join(pieces)
+
+    def _spell_start(self, ts: int) -> bytes:
+        if self._begun is None:
+            self._begin(EngineOpened(None, None, None))
+        self._seq = 1
+        return self._dialect.render(cast(StreamStarted, self._begun), 1, ts, NO_EXT)
+
+    def _keep(self, extra: Extra) -> None:
+        ext = self._ext.setdefault(extra.choice, Ext())
+        where = ext.beside if extra.choice is None else ext.delta if extra.in_delta else ext.choice
+        where.update(extra.fields)
+
+    def _take_ext(self, item: Event) -> Ext:
+        """Engine fields for this event: those of its choice and those beside the choices; at the end, all left."""
+        ext = Ext()
+        last = isinstance(item, StreamEnded)
+        if not last and not isinstance(item, _CARRIES_EXT):
+            return ext
+        for choice in list(self._ext):
+            if last or choice is None or choice == getattr(item, "choice", None):
+                waiting = self._ext.pop(choice)
+                ext.beside |= waiting.beside
+                ext.choice |= waiting.choice
+                ext.delta |= waiting.delta
+        return ext
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> list[Command]:
+        bounds = self._setting.bounds
+        if now >= self._setting.started + bounds.stream_seconds:
+            message = (
+                f"the stream lasted {bounds.stream_seconds:g} s, the limit of this deployment "
+                "(limits.stream_seconds); ask for fewer tokens or continue in a new request"
+            )
+            return self._fail(Ending.TIME_LIMIT, LimitReached("stream_time_limit", message, status=504), now)
+        commands: list[Command] = []
+        if self._dialect.streams and self._phase is _Phase.WAITING:
+            if now >= self._setting.started + bounds.first_byte_seconds:
+                self._phase, self._last_write = _Phase.OPEN, now
+                commands.append(OpenClient(self._dialect.preamble))
+        elif self._dialect.streams and now >= self._last_write + bounds.heartbeat_seconds:
+            self._last_write = now
+            commands.append(SendToClient(self._dialect.heartbeat))
+        return [*commands, self._next_wake()]
+
+    def _next_wake(self) -> WakeAt:
+        bounds, started = self._setting.bounds, self._setting.started
+        when = started + bounds.stream_seconds
+        if self._dialect.streams:
+            waiting = self._phase is _Phase.WAITING
+            idle = started + bounds.first_byte_seconds if waiting else self._last_write + bounds.heartbeat_seconds
+            when = min(when, idle)
+        return WakeAt(when)
+
+    # -- endings -----------------------------------------------------------------------------------
+
+    def _engine_closed(self, signal: EngineClosed) -> list[Command]:
+        items, _, _ = self._sort(self._reader.close())
+        commands = self._send(self._travel(items)[0], signal.now)
+        problem = signal.problem
+        if problem is None and self._has_finished():
+            commands += self._send([Warned("missing_done", "the engine closed without its end mark")], signal.now)
+            return commands + self._conclude(signal.now, engine_is_done=True)
+        if problem is None:
+            problem = EngineError("engine_incomplete", "the engine's answer ended without saying how it finished")
+        return commands + self._fail(Ending.ENGINE_GONE, problem, signal.now)
+
+    def _refused(self, signal: EngineRefused) -> list[Command]:
+        message, body = refusal_message(signal.status, signal.body)
+        retryable = signal.status in (408, 429) or signal.status >= 500
+        problem = EngineError("engine_refused", message, status=signal.status, retryable=retryable, engine_body=body)
+        return self._fail(Ending.REFUSED, problem, signal.now)
+
+    def _leave(self, now: float) -> list[Command]:
+        self._phase = _Phase.OVER
+        usage = self._accounting.usage(final=True, cancelled=True)
+        return [AbortEngine(), self._record(Ending.CLIENT_GONE, usage, None, now), Close()]
+
+    def _has_finished(self) -> bool:
+        return all(map(self._blocks.is_finished, range(self._request.choices)))
+
+    def _conclude(self, now: float, *, engine_is_done: bool) -> list[Command]:
+        """The engine has said all; it counts as success only if it told of every choice how it finished."""
+        if not self._has_finished():
+            problem = EngineError("engine_incomplete", "the engine ended its stream without finishing each choice")
+            return self._fail(Ending.ENGINE_ERROR, problem, now)
+        reasons = self._blocks.finish_reasons
+        status: StreamStatus = "incomplete" if "length" in reasons else "completed"
+        held, _ = self._let_go()
+        ending = [] if engine_is_done else [AbortEngine()]
+        return self._finish(held, Ending.COMPLETED, status, None, now) + cast(list[Command], ending)
+
+    def _fail(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
+        if self._phase is _Phase.WAITING and self._seq == 0:
+            return self._respond_problem(ending, problem, now)
+        return self._end(ending, _told(problem), now)
+
+    def _end(self, ending: Ending, failure: Failed | None, now: float) -> list[Command]:
+        """Any ending but success: what was held, the error, then every open thing is closed as incomplete."""
+        if failure is not None and self._phase is _Phase.WAITING and self._seq == 0:
+            return self._respond_problem(ending, _problem_of(failure), now)
+        held, calls = self._let_go()
+        reason: FinishReason = "cancelled" if failure is None else "error"
+        cause = "abort" if failure is None else "error"
+        unfinished = [n for n in range(self._request.choices) if not self._blocks.is_finished(n)]
+        error: list[Event] = [failure] if failure else []
+        finishes: list[Event] = [Finished(n, None, reason=reason, cause=cause) for n in unfinished]
+        events = held + error + calls + self._blocks.break_off() + self._blocks.feed(finishes)
+        status: StreamStatus = "cancelled" if failure is None else "failed"
+        return [AbortEngine(), *self._finish(events, ending, status, failure, now)]
+
+    def _finish(
+        self, events: list[Event], ending: Ending, status: StreamStatus, failure: Failed | None, now: float
+    ) -> list[Command]:
+        """The last words of every stream: its final usage and its end."""
+        usage = self._accounting.usage(final=True, cancelled=ending is Ending.CANCELLED)
+        started = self._setting.started
+        ttft = None if self._first_text is None else int((self._first_text - started) * 1000)
+        # Counted before spelling: the start may still have to be told, `usage` and `stream.end` are the last two.
+        told = sum(not isinstance(event, Extra) for event in events)
+        count = (self._seq or 1) + told + 2
+        end = StreamEnded(status, self._blocks.finish_reasons, count, int((now - started) * 1000), ttft)
+        commands = self._send([*events, usage, end], now)
+        if not self._dialect.streams:
+            code, body = self._dialect.whole()
+            commands = [Respond(code, body, {})]
+        self._phase = _Phase.OVER
+        return [*commands, self._record(ending, usage, failure.code if failure else None, now), Close()]
+
+    def _respond_problem(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
+        """Nothing was sent yet, so the failure is a real HTTP status."""
+        self._phase = _Phase.OVER
+        usage = self._accounting.usage(final=True)
+        body = self._dialect.refusal(problem)
+        return [
+            AbortEngine(),
+            Respond(problem.status, body, problem.headers),
+            self._record(ending, usage, problem.code, now),
+            Close(),
+        ]
+
+    def _record(self, ending: Ending, usage: Usage, code: str | None, now: float) -> RecordUsage:
+        started = self._setting.started
+        return RecordUsage(
+            ending=ending,
+            usage=usage,
+            finish_reasons=self._blocks.finish_reasons,
+            error_code=code,
+            model=self._begun.model if self._begun else None,
+            engine_id=self._begun.engine_id if self._begun else None,
+            ttft_seconds=None if self._first_text is None else self._first_text - started,
+            duration_seconds=now - started,
+        )
+
+    def _byte_cap(self) -> LimitReached:
+        cap = self._setting.bounds.stream_bytes
+        message = f"the answer reached {cap} bytes, the limit of this deployment (limits.stream_bytes)"
+        return LimitReached("stream_bytes_limit", message)
+
+    def _new_call_id(self, choice: int, index: int) -> str:
+        return f"call_{self._setting.stream_id[-24:]}_{choice}_{index}"
+
+
+def _told(problem: Problem) -> Failed:
+    body = dict(problem.engine_body) if problem.engine_body is not None else None
+    return Failed(problem.code, problem.message, problem.retryable, problem.origin, body, problem.status)
+
+
+def _problem_of(failure: Failed) -> Problem:
+    """An error that came in band before anything was sent becomes a real HTTP answer."""
+    return EngineError(
+        failure.code,
+        failure.message,
+        status=failure.status,
+        retryable=failure.retryable,
+        engine_body=failure.engine_body,
+    )
+
+
+def _engine_fault(fault: Finished) -> Failed:
+    message = f"the engine gave this request up (finish_reason {fault.raw_reason!r}) before it was finished"
+    return Failed(f"engine_{fault.cause}", message, retryable=True, origin="upstream")

@@ -1,0 +1,163 @@
+"""How each model family writes its channels into the text: one table row per family.
+
+A family is a small state machine over markers. A state says which channel its text belongs to and which marker
+leads to which state; `docs/reference/model_families.md` draws them. A family is added by a row here or, without
+code, by `families:` in the settings.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+from penstock.core.markers import Markers
+
+StateChannel = Literal["answer", "reasoning", "tool", "markup"]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a family.
+
+    `on` maps a marker to the next state. A state with `otherwise` stands before a block: white space is held
+    until a marker comes (then it counts as part of the markup) or anything else does (then `otherwise` is
+    entered with the space). `headers` belongs to a `markup` state whose text decides where its marker leads:
+    the first pattern found in the text wins, its first group names the tool. `syntax` says how a tool
+    state's text spells a call.
+    """
+
+    channel: StateChannel
+    on: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    syntax: str = ""
+
+    @cached_property
+    def markers(self) -> Markers:
+        return Markers(self.on)
+
+    def next_marker(self, text: str) -> tuple[int, int, str] | None:
+        """Where the next marker starts and ends, and which it is; before a block its leading space is part of it."""
+        if self.otherwise is None:
+            found = self.markers.pattern.search(text)
+            return None if found is None else (found.start(), found.end(), found.group())
+        rest = text.lstrip()
+        found = self.markers.pattern.match(rest)
+        return None if found is None else (0, len(text) - len(rest) + found.end(), found.group())
+
+
+@dataclass(frozen=True)
+class Family:
+    """`models` are shell patterns over the lower-cased model name; `start` and `start_without_thinking` name states."""
+
+    name: str
+    models: tuple[str, ...]
+    start: str
+    start_without_thinking: str
+    states: Mapping[str, State]
+
+    def __post_init__(self) -> None:
+        wanted = {self.start, self.start_without_thinking}
+        for state in self.states.values():
+            _ = state.markers  # refuses unusable markers now, not at the first token
+            wanted |= set(state.on.values()) | {target for _, target in state.headers}
+            wanted |= {state.otherwise} if state.otherwise else set()
+        if missing := wanted - set(self.states):
+            raise ValueError(f"family {self.name!r} leads to states that it does not have: {sorted(missing)}")
+
+    @cached_property
+    def without_tools(self) -> "Family":
+        """The same family for a request that offers no tools: tool markers are plain text there."""
+        tool = {name for name, state in self.states.items() if state.channel == "tool"}
+        states = {
+            name: State(
+                state.channel,
+                {marker: target for marker, target in state.on.items() if target not in tool},
+                state.otherwise,
+                state.headers,
+                state.syntax,
+            )
+            for name, state in self.states.items()
+        }
+        return Family(self.name, self.models, self.start, self.start_without_thinking, states)
+
+
+def thinking_family(
+    name: str,
+    models: Iterable[str],
+    *,
+    reasoning: tuple[str, str] | None,
+    opened_by_template: bool = False,
+    tools: tuple[str, str] | None = ("<tool_call>", "</tool_call>"),
+    tool_syntax: str = "hermes",
+) -> Family:
+    """A family that thinks between two markers and calls tools between two others.
+
+    `opened_by_template` means that the chat template already wrote the opening marker, so that the model's
+    first token is thought (DeepSeek-R1); the marker is accepted there too.
+    """
+    to_tool = {tools[0]: "tool"} if tools else {}
+    to_reasoning = {reasoning[0]: "reasoning"} if reasoning else {}
+    states = {
+        "opening": State("answer", {**to_reasoning, **to_tool}, otherwise="answer"),
+        "answer": State("answer", to_tool),
+    }
+    if reasoning:
+        closed = {reasoning[1]: "opening"}
+        states["opened"] = State("reasoning", {**to_reasoning, **closed}, otherwise="reasoning")
+        states["reasoning"] = State("reasoning", closed)
+    if tools:
+        states["tool"] = State("tool", {tools[1]: "opening"}, syntax=tool_syntax)
+    start = "opened" if reasoning and opened_by_template else "opening"
+    return Family(name, tuple(models), start, "opening", states)
+
+
+_HARMONY_ENDS = {"<|end|>": "between", "<|return|>": "between", "<|call|>": "between"}
+_HARMONY_HEADERS = {"<|start|>": "header", "<|channel|>": "header"}
+
+HARMONY = Family(
+    "harmony",
+    ("*gpt-oss*",),
+    start="between",
+    start_without_thinking="between",
+    states={
+        "between": State("answer", {**_HARMONY_HEADERS, **_HARMONY_ENDS}, otherwise="answer"),
+        "header": State(
+            "markup",
+            {"<|message|>": "answer"},
+            headers=(
+                (r"to=(?:functions\.)?([\w.-]+)", "tool"),
+                (r"(?:^|\|>)\s*analysis", "reasoning"),
+                (r"", "answer"),
+            ),
+        ),
+        "reasoning": State("reasoning", {**_HARMONY_ENDS, **_HARMONY_HEADERS}),
+        "answer": State("answer", {**_HARMONY_ENDS, **_HARMONY_HEADERS}),
+        "tool": State("tool", {**_HARMONY_ENDS, **_HARMONY_HEADERS}, syntax="arguments"),
+    },
+)
+
+# The order counts: the first family with a matching pattern is taken, so the special comes before the general.
+FAMILIES: tuple[Family, ...] = (
+    HARMONY,
+    thinking_family(
+        "deepseek-r1",
+        ("*deepseek-r1*", "*r1-distill*", "*qwq*", "*qwen3*thinking*"),
+        reasoning=("<think>", "</think>"),
+        opened_by_template=True,
+    ),
+    thinking_family(
+        "mistral", ("*magistral*", "*mistral*", "*ministral*"), reasoning=("[THINK]", "[/THINK]"), tools=None
+    ),
+    thinking_family("qwen3", ("*",), reasoning=("<think>", "</think>")),
+)
+
+
+def choose_family(families: Iterable[Family], model: str, wanted: str | None = None) -> Family | None:
+    """The family called `wanted`, else the first whose pattern matches `model`, else None."""
+    name = model.lower()
+    for family in families:
+        if family.name == wanted if wanted else any(fnmatchcase(name, glob.lower()) for glob in family.models):
+            return family
+    return None

@@ -1,0 +1,145 @@
+"""What a caller wants, read from an OpenAI chat request with an optional `penstock` object.
+
+The request passes to the engine unchanged but for what Penstock must add; vLLM judges its own fields. Only
+`penstock` is checked here.
+"""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import orjson
+
+from penstock.core.channels import ReasoningPolicy
+from penstock.core.errors import CallerError
+
+_OPTIONS = ("family", "include_stop", "reasoning", "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """One request as the core needs it. `engine_body` is what the engine gets, byte for byte."""
+
+    model: str
+    choices: int
+    streams: bool
+    engine_body: bytes
+    offered_tools: frozenset[str]
+    thinking: bool
+    reasoning: ReasoningPolicy | None
+    family: str | None
+    stop: tuple[str, ...]
+    include_stop: bool
+    wants_usage: bool
+    wants_running_usage: bool
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+
+
+def read_request(
+    body: bytes, *, streams: bool | None = None, running_usage: bool = True, engine_parses_tools: bool = True
+) -> StreamRequest:
+    """Reads the body of `POST /v1/chat/completions` or `POST /v1/streams`.
+
+    `streams` says whether the engine is asked to stream; None leaves it to the body. `running_usage` asks vLLM
+    for its count with every chunk, without which the bill of a cancelled stream is an estimate. A vLLM without
+    a tool parser refuses `tool_choice: auto` (400), so where `engine_parses_tools` is False it is told "none"
+    and the calls are read from the text. Raises `CallerError` naming the key, what was wrong and what to do.
+    """
+    request = _load(body)
+    offered_tools = _offered_tools(request)
+    options = _options(request)
+    wants = streams if streams is not None else request.get("stream") is True
+    stream_options = request.get("stream_options")
+    given = stream_options if isinstance(stream_options, dict) else {}
+    if wants and (stream_options is None or given or stream_options == {}):
+        request["stream"] = True
+        request["stream_options"] = {**given, "include_usage": True}
+        if running_usage:
+            request["stream_options"]["continuous_usage_stats"] = True
+    untouched = not wants and "penstock" not in request
+    if offered_tools and not engine_parses_tools and request.get("tool_choice") in (None, "auto"):
+        request["tool_choice"], untouched = "none", False
+    request.pop("penstock", None)
+    return StreamRequest(
+        model=request["model"],
+        choices=_whole_number(request.get("n"), default=1),
+        streams=wants,
+        engine_body=body if untouched else orjson.dumps(request),
+        offered_tools=offered_tools,
+        thinking=_thinks(request),
+        reasoning=options.get("reasoning"),
+        family=options.get("family"),
+        stop=tuple(options.get("stop", ())),
+        include_stop=options.get("include_stop", False),
+        wants_usage=given.get("include_usage") is True,
+        wants_running_usage=given.get("continuous_usage_stats") is True,
+        max_tokens=_number(request.get("max_completion_tokens") or request.get("max_tokens"), int),
+        temperature=_number(request.get("temperature"), float),
+        top_p=_number(request.get("top_p"), float),
+    )
+
+
+def _load(body: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise CallerError("invalid_json", f"the request body is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise CallerError("invalid_json", "the request body must be a JSON object with model and messages")
+    if not isinstance(request.get("model"), str):
+        raise CallerError("invalid_request", "model must be a string naming the model", param="model")
+    if not isinstance(request.get("messages"), list):
+        raise CallerError("invalid_request", "messages must be a list of chat messages", param="messages")
+    return request
+
+
+def _options(request: dict[str, Any]) -> dict[str, Any]:
+    options = request.get("penstock", {})
+    if not isinstance(options, dict):
+        raise CallerError("invalid_request", "penstock must be an object", param="penstock")
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            known = ", ".join(_OPTIONS)
+            raise _wrong(name, f"is not an option of this version; the options are {known}")
+        if name == "reasoning" and value not in get_args(ReasoningPolicy):
+            raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(ReasoningPolicy))}")
+        if name == "family" and not isinstance(value, str):
+            raise _wrong(name, "must be the name of a model family")
+        if name == "include_stop" and not isinstance(value, bool):
+            raise _wrong(name, "must be true or false")
+        if name == "stop" and not _is_stop_list(value):
+            raise _wrong(name, "must be a list of 1 to 16 strings that are not empty")
+    return options
+
+
+def _wrong(name: str, what: str) -> CallerError:
+    return CallerError("invalid_request", f"penstock.{name} {what}", param=f"penstock.{name}")
+
+
+def _is_stop_list(value: Any) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 16 and all(isinstance(s, str) and s for s in value)
+
+
+def _offered_tools(request: dict[str, Any]) -> frozenset[str]:
+    tools = request.get("tools")
+    if not isinstance(tools, list) or request.get("tool_choice") == "none":
+        return frozenset()
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _thinks(request: dict[str, Any]) -> bool:
+    template = request.get("chat_template_kwargs")
+    if not isinstance(template, dict):
+        return True
+    return template.get("enable_thinking") is not False and template.get("thinking") is not False
+
+
+def _whole_number(value: Any, default: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+
+
+def _number(value: Any, kind: type[Any]) -> Any:
+    return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

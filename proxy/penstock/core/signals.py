@@ -1,0 +1,86 @@
+"""Facts that the shell tells an exchange. Every signal carries `now`, monotonic seconds: the core has no clock."""
+
+from dataclasses import dataclass
+
+from penstock.core.errors import Problem
+
+
+@dataclass(slots=True)
+class EngineSpoke:
+    """Bytes of a streamed answer."""
+
+    data: bytes
+    now: float
+
+
+@dataclass(slots=True)
+class EngineAnswered:
+    """The whole body of an answer that was not streamed."""
+
+    body: bytes
+    now: float
+
+
+@dataclass(slots=True)
+class EngineRefused:
+    """The engine answered with an error status instead of a stream."""
+
+    status: int
+    body: bytes
+    now: float
+
+
+@dataclass(slots=True)
+class EngineClosed:
+    """No more bytes will come: the answer ended, or `problem` says how the connection broke."""
+
+    problem: Problem | None
+    now: float
+
+
+@dataclass(slots=True)
+class ClientLeft:
+    """The client closed its connection."""
+
+    now: float
+
+
+@dataclass(slots=True)
+class Cancelled:
+    """Somebody with the right to do so cancelled the stream (`DELETE`)."""
+
+    now: float
+
+
+@dataclass(slots=True)
+class Draining:
+    """This replica stops and the time for open streams is over."""
+
+    now: float
+
+
+@dataclass(slots=True)
+class Broke:
+    """A fault of our own in handling this stream."""
+
+    now: float
+
+
+@dataclass(slots=True)
+class ClockTicked:
+    """The time that a `WakeAt` asked for has come."""
+
+    now: float
+
+
+Signal = (
+    EngineSpoke
+    | EngineAnswered
+    | EngineRefused
+    | EngineClosed
+    | ClientLeft
+    | Cancelled
+    | Draining
+    | Broke
+    | ClockTicked
+)

@@ -1,0 +1,58 @@
+"""Penstock itself accepts the settings that the chart and the laptop cluster give it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.manifests import (
+    K8S,
+    MINIMAL,
+    Manifest,
+    Values,
+    of_kind,
+    only,
+    read_kustomization,
+    render_chart,
+    with_values,
+)
+
+KEYS_FOLDER = "/etc/penstock/auth"
+
+
+def check_config(documents: list[Manifest], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`penstock check-config` on the files that the pod mounts under /etc/penstock, laid out in `folder`."""
+    for secret in of_kind(documents, "Secret"):
+        (folder / "keys.txt").write_text(secret["stringData"]["keys.txt"])
+    text = only(documents, "ConfigMap")["data"]["penstock.yaml"]
+    settings = folder / "penstock.yaml"
+    settings.write_text(text.replace(KEYS_FOLDER, str(folder)))
+    return subprocess.run(
+        [sys.executable, "-m", "penstock", "check-config", "--config", str(settings)],
+        env={name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        MINIMAL,
+        {"upstream": {"url": "http://vllm:8000"}, "auth": {"allowAnonymous": True}},
+        with_values({"reasoning": "hide", "timing": {"drain_seconds": 90, "first_byte_seconds": 0.5}}),
+    ],
+    ids=["keys", "anonymous", "changed"],
+)
+def test_penstock_accepts_the_settings_of_the_chart(values: Values, tmp_path: Path) -> None:
+    checked = check_config(render_chart(values), tmp_path)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_penstock_accepts_the_settings_of_the_laptop_cluster(tmp_path: Path) -> None:
+    checked = check_config(read_kustomization(K8S / "demo"), tmp_path)
+    assert checked.returncode == 0, checked.stderr
