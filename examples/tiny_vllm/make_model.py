@@ -40,14 +40,14 @@ CORPUS = (
     "A penstock is a gate that lets exactly as much water through as the turbine can take. It can be shut.",
     "Streaming means that the answer arrives word by word, and each token is shown as soon as it is ready.",
     "First we look at the question, then we check the facts, and finally we write the answer in plain words.",
-    "Okay, the user wants to know the weather. I should call the get_weather tool with the city and the unit.",
+    "Okay, the user wants to know the weather. I should call get_weather with the city and the unit.",
     "One two three four five six seven eight nine ten. January February March April May June July August.",
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
     '{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}',
     '{"name": "search", "arguments": {"query": "river level", "limit": 10, "exact": true, "page": null}}',
     '{"id": 12345, "items": [{"title": "first", "price": 9.99}, {"title": "second", "price": -0.5}]}',
     "def answer(question: str) -> str:\n    return question.upper()\n\nfor line in lines:\n    print(line)\n",
-    "## Heading\n\n- item one\n- item two\n\n| city | degrees |\n|---|---|\n| Paris | 21 |\n\n```python\nx = 1\n```",
+    "## Heading\n\n- item one\n- item two\n\n| city | °C |\n|---|---|\n| Paris | 21 |\n\n```python\nx = 1\n```",
     "你好，世界！今天的天气很好，我们去公园散步吧。请问你想知道什么？",
     "こんにちは世界。今日はとても良い天気ですね。東京の天気を教えてください。",
     "안녕하세요 세계. 오늘 날씨가 아주 좋습니다.",
@@ -74,7 +74,8 @@ CHAT_TEMPLATE = """\
         {{- '<|im_start|>assistant\\n' + (message.content or '') }}
         {%- for call in message.tool_calls or [] %}
             {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+            {%- set arguments = call.function.arguments %}
+            {{- arguments if arguments is string else arguments | tojson }}
             {{- '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}

@@ -41,7 +41,7 @@ class Part:
 
 
 class Scripted(LogitsProcessor):
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, _config: VllmConfig, _device: torch.device, _pinned: bool) -> None:
         self.parts: dict[int, Part] = {}
 
     @classmethod

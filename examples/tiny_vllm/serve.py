@@ -4,7 +4,7 @@
 
 With `--stop-with-stdin` it lives no longer than whoever holds the other end of its standard input.
 Run by an interpreter that has vLLM. The model is made on the first start and kept in `.engine/` at the root
-of the repository (or where TINY_VLLM_MODELS says), under a name that changes with vLLM and with make_model.py.
+of the repository (or where TINY_VLLM_MODELS says); its name changes with vLLM and with make_model.py.
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def render_chart(values: Values, release: str = "penstock") -> list[Manifest]:
     """What `helm install RELEASE helm/penstock` would send to the cluster. Raises what Helm raises."""
     with Chart.load(CHART) as chart:
         files = chart.render(values, name=release, namespace="models")
-    return [
-        document for path, text in files.items() if path.endswith(".yaml") for document in documents_of(text)
-    ]
+    return [document for path, text in files.items() if path.endswith(".yaml") for document in documents_of(text)]
 
 
 def documents_of(text: str) -> list[Manifest]:
@@ -67,9 +65,7 @@ def read_kustomization(folder: Path) -> list[Manifest]:
         path = folder / resource
         assert path.exists(), f"{folder}/kustomization.yaml names {resource}, which does not exist"
         documents += read_kustomization(path) if path.is_dir() else documents_of(path.read_text())
-    documents += [
-        _generated_config_map(folder, entry) for entry in kustomization.get("configMapGenerator", [])
-    ]
+    documents += [_generated_config_map(folder, entry) for entry in kustomization.get("configMapGenerator", [])]
     return documents
 
 
@@ -131,9 +127,7 @@ def container_of(deployment: Manifest) -> Manifest:
 
 def environment_of(deployment: Manifest) -> dict[str, str]:
     """The variables of the container that have a literal value."""
-    return {
-        entry["name"]: entry["value"] for entry in container_of(deployment).get("env", []) if "value" in entry
-    }
+    return {entry["name"]: entry["value"] for entry in container_of(deployment).get("env", []) if "value" in entry}
 
 
 def pre_stop_seconds(deployment: Manifest) -> int:
@@ -182,9 +176,7 @@ def _port_names(deployment: Manifest) -> set[str]:
 
 def _probes(deployment: Manifest) -> Iterator[Manifest]:
     container = container_of(deployment)
-    return (
-        container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe") if name in container
-    )
+    return (container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe") if name in container)
 
 
 def assert_confined(deployment: Manifest) -> None:
@@ -204,5 +196,5 @@ def assert_confined(deployment: Manifest) -> None:
 
 def assert_survives_its_drain(deployment: Manifest, settings: Manifest) -> None:
     """Kubernetes kills the pod only after the preStop hook and the whole drain, with some time to spare."""
-    needed = pre_stop_seconds(deployment) + settings["timing"]["drain_seconds"]
-    assert pod_of(deployment)["terminationGracePeriodSeconds"] > needed
+    drain: float = settings["timing"]["drain_seconds"] + settings["timing"]["closing_seconds"]
+    assert pod_of(deployment)["terminationGracePeriodSeconds"] > pre_stop_seconds(deployment) + drain

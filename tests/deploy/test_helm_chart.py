@@ -83,7 +83,7 @@ def test_every_object_carries_the_release_in_its_name_and_namespace() -> None:
     ("changes", "complaint"),
     [
         ({"upstream": {"url": "vllm:8000"}}, "/upstream/url"),
-        ({"upstream": {"name": "main"}}, "additional properties 'name' not allowed"),
+        ({"upstream": {"api_key": "secret"}}, "additional properties 'api_key' not allowed"),
         ({"replicaCount": "two"}, "/replicaCount"),
         ({"replicaCount": -1}, "/replicaCount"),
         ({"reasoning": "sometimes"}, "/reasoning"),
@@ -146,10 +146,8 @@ def test_the_refusal_of_an_open_relay_names_every_way_out() -> None:
 
 
 def test_settings_come_from_the_values() -> None:
-    family = {"start": "<plan>", "end": "</plan>"}
-    settings = settings_of(
-        render_chart(with_values({"reasoning": "inline", "families": {"planner": family}}))
-    )
+    family = {"models": ["planner*"], "reasoning": {"open": "<plan>", "close": "</plan>"}}
+    settings = settings_of(render_chart(with_values({"reasoning": "inline", "families": {"planner": family}})))
     assert settings == {
         "listen": {"host": "0.0.0.0", "port": 8080},
         "upstreams": [{"url": "http://vllm:8000"}],
@@ -167,6 +165,7 @@ def test_settings_come_from_the_values() -> None:
             "first_byte_seconds": 1,
             "heartbeat_seconds": 15,
             "drain_seconds": 30,
+            "closing_seconds": 10,
         },
     }
 
@@ -178,9 +177,7 @@ def test_big_numbers_stay_whole_numbers() -> None:
 
 
 def test_config_is_merged_over_the_rest() -> None:
-    changes = {
-        "config": {"limits": {"stream_seconds": 5, "buffer_bytes": 262144}, "store": {"url": "redis://r"}}
-    }
+    changes = {"config": {"limits": {"stream_seconds": 5, "buffer_bytes": 262144}, "store": {"url": "redis://r"}}}
     settings = settings_of(render_chart(with_values(changes)))
     assert settings["limits"]["stream_seconds"] == 5
     assert settings["limits"]["buffer_bytes"] == 262144
@@ -190,18 +187,18 @@ def test_config_is_merged_over_the_rest() -> None:
 
 def test_config_can_switch_something_off() -> None:
     # The merge function of Helm's templates is known for taking false and 0 as "not given".
-    settings = settings_of(render_chart(with_values({"config": {"timing": {"first_byte_seconds": 0}}})))
-    assert settings["timing"]["first_byte_seconds"] == 0
+    settings = settings_of(render_chart(with_values({"config": {"timing": {"drain_seconds": 0}}})))
+    assert settings["timing"]["drain_seconds"] == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "seconds"),
     [
-        ({}, 5 + 30 + 10),
-        ({"timing": {"drain_seconds": 300}}, 5 + 300 + 10),
-        ({"timing": {"drain_seconds": 0.5}}, 5 + 1 + 10),
-        ({"shutdown": {"preStopSeconds": 20, "marginSeconds": 1}}, 20 + 30 + 1),
-        ({"config": {"timing": {"drain_seconds": 90}}}, 5 + 90 + 10),
+        ({}, 5 + 30 + 10 + 5),
+        ({"timing": {"drain_seconds": 300}}, 5 + 300 + 10 + 5),
+        ({"timing": {"drain_seconds": 0.5, "closing_seconds": 0.7}}, 5 + 2 + 5),
+        ({"shutdown": {"preStopSeconds": 20, "marginSeconds": 1}}, 20 + 30 + 10 + 1),
+        ({"config": {"timing": {"drain_seconds": 90}}}, 5 + 90 + 10 + 5),
     ],
 )
 def test_the_grace_period_follows_the_drain(changes: Values, seconds: int) -> None:
@@ -285,9 +282,7 @@ def test_a_changed_configuration_rolls_the_pods(changes: Values) -> None:
 
 
 def test_an_unchanged_configuration_leaves_the_pods_alone() -> None:
-    assert _pod_annotations(with_values({"replicaCount": 5, "service": {"port": 80}})) == _pod_annotations(
-        MINIMAL
-    )
+    assert _pod_annotations(with_values({"replicaCount": 5, "service": {"port": 80}})) == _pod_annotations(MINIMAL)
 
 
 def _pod_annotations(values: Values) -> dict[str, str]:
@@ -352,9 +347,8 @@ def test_every_value_of_the_schema_has_a_default_to_read() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = {path for path, _ in _schema_nodes("", schema) if not _has(defaults, path)}
-    # Required, or part of a list or of a map of the user's own.
-    expected = {"/global", "/upstream/url"}
-    assert {path for path in missing if "[]" not in path} == expected
+    # The upstream is the user's to name, and lists are empty.
+    assert {path for path in missing if "[]" not in path and not path.startswith("/upstream/")} == {"/global"}
 
 
 def _schema_nodes(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

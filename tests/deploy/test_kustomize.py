@@ -38,9 +38,7 @@ def test_the_documents_are_valid_and_hang_together(build: Build, overlay: str) -
     documents = build(K8S / overlay)
     assert_valid(documents)
     assert_related(documents)
-    names = sorted(
-        (document["kind"], document["metadata"]["name"]) for document in of_kind(documents, "Deployment")
-    )
+    names = sorted((document["kind"], document["metadata"]["name"]) for document in of_kind(documents, "Deployment"))
     assert names == [("Deployment", "engine"), ("Deployment", "jaeger"), ("Deployment", "penstock")]
 
 
@@ -119,8 +117,6 @@ def test_the_model_is_named_once_by_a_variable(build: Build) -> None:
 
 @each_overlay
 def test_overlays_stay_in_the_namespace_of_their_base(overlay: str) -> None:
-    kustomizations = [
-        yaml.safe_load((K8S / name / "kustomization.yaml").read_text()) for name in ("base", overlay)
-    ]
+    kustomizations = [yaml.safe_load((K8S / name / "kustomization.yaml").read_text()) for name in ("base", overlay)]
     namespace = only(KUSTOMIZE_BUILDERS[0](K8S / overlay), "Namespace")["metadata"]["name"]
     assert [kustomization["namespace"] for kustomization in kustomizations] == [namespace, namespace]

@@ -44,7 +44,15 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
     [
         MINIMAL,
         {"upstream": {"url": "http://vllm:8000"}, "auth": {"allowAnonymous": True}},
-        with_values({"reasoning": "hide", "timing": {"drain_seconds": 90, "first_byte_seconds": 0.5}}),
+        with_values(
+            {
+                "upstream": {"name": "main", "running_usage": False, "parses_tools": False},
+                "reasoning": "hide",
+                "families": {"planner": {"models": ["planner*"], "reasoning": {"open": "<p>", "close": "</p>"}}},
+                "timing": {"drain_seconds": 90, "first_byte_seconds": 0.5},
+                "config": {"limits": {"stream_seconds": 5}},
+            }
+        ),
     ],
     ids=["keys", "anonymous", "changed"],
 )

@@ -1,7 +1,8 @@
 """The real vLLM engine with the tiny scripted model of `examples/tiny_vllm`, for tests, demo and bench.
 
-`running_engine()` takes some 30 s and one core: start one for a whole session and share it. Everything here is
-synchronous; from a coroutine call what talks to the engine (`metric` and its friends) by `asyncio.to_thread`.
+`running_engine()` takes some 30 s and one core: start one for a whole session and share it. Everything here
+is synchronous; from a coroutine call what talks to the engine (`metric` and its friends) by
+`asyncio.to_thread`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -30,15 +31,15 @@ LOG_TAIL_LINES = 40
 LONGEST_TOKEN_CHARACTERS = 32
 
 
-class EngineUnavailable(Exception):  # noqa: N818 - reads as what it says
+class EngineUnavailable(Exception):
     """The engine cannot be started here; the text says why and what to do."""
 
 
 class Tokens:
     """Text to token ids by the model's own vocabulary, without its tokenizer library.
 
-    Greedy, longest piece first: not always the split that training would choose, but always one the model could
-    have produced, and its ids decode to exactly the text.
+    Greedy, longest piece first: not always the split that training would choose, but always one the model
+    could have produced, and its ids decode to exactly the text.
     """
 
     def __init__(self, tokenizer_json: Path) -> None:
@@ -149,21 +150,16 @@ class Engine:
 
     def kill_core(self) -> None:
         """End the engine core only: the API server lives on for a moment and reports to its clients."""
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                pid, name, fields = re.fullmatch(r"(\d+) \((.*)\) (.*)", status.read_text().strip()).groups()  # type: ignore[union-attr]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if name.startswith("VLLM::EngineCor") and int(fields.split()[2]) == self._process.pid:
-                os.kill(int(pid), signal.SIGKILL)
+        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                if Path(f"/proc/{child}/comm").read_text().startswith("VLLM::EngineCor"):
+                    os.kill(int(child), signal.SIGKILL)
 
     def stop(self) -> None:
         """Ask the engine to end, wait, then insist."""
         self._signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         self._signal(signal.SIGKILL)
         self._process.wait(STOP_SECONDS)
         if self._process.stdin:
@@ -200,8 +196,8 @@ def interpreter() -> Path:
 def running_engine(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Engine]:
     """Start the engine with more vLLM `arguments`, wait until it is healthy, stop it at the end.
 
-    Raises EngineUnavailable, with the end of its log, when it does not come up. One engine runs at a time on a
-    checkout: a second caller waits for the first. An engine never outlives the process that started it.
+    Raises EngineUnavailable, with the end of its log, when it does not come up. One engine runs at a time on
+    a checkout: a second caller waits for the first. An engine never outlives the process that started it.
     """
     python = interpreter()
     WORK.mkdir(exist_ok=True)

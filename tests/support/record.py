@@ -57,9 +57,7 @@ CLOCK = {
     },
 }
 
-PARIS = (
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}\n</tool_call>'
-)
+PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}\n</tool_call>'
 TOKYO = '<tool_call>\n{"name": "get_time", "arguments": {"city": "東京"}}\n</tool_call>'
 EMOJI = "<think>\nA family 👨‍👩‍👧‍👦, hm.\n</think>\n\nHere: 👩‍👩‍👧 🇫🇷🇯🇵 你好，世界 e\u0301 👍🏽!"
 THINKING = "<think>\nThe user says hi.\n</think>\n\nHello! How can I help?"
@@ -169,9 +167,7 @@ EXCHANGES: dict[str, Exchange] = {
     ),
     "tool": Exchange("One tool call as raw text.", (PARIS,), tools(WEATHER) | INLINE | USAGE),
     "tool-parsed": Exchange("One tool call by vLLM.", (PARIS,), tools(WEATHER) | USAGE, parsed=True),
-    "tools": Exchange(
-        "Two tool calls as raw text.", (f"{PARIS}\n{TOKYO}",), tools(WEATHER, CLOCK) | INLINE | USAGE
-    ),
+    "tools": Exchange("Two tool calls as raw text.", (f"{PARIS}\n{TOKYO}",), tools(WEATHER, CLOCK) | INLINE | USAGE),
     "tools-parsed": Exchange(
         "Two tool calls by vLLM.", (f"{PARIS}\n{TOKYO}",), tools(WEATHER, CLOCK) | USAGE, parsed=True
     ),
@@ -194,16 +190,24 @@ EXCHANGES: dict[str, Exchange] = {
     ),
     "tool-broken-parsed": Exchange(
         "Arguments that are no JSON, through vLLM's parser.",
-        (
-            '<think>\n\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": Paris}\n</tool_call>',
-        ),
+        ('<think>\n\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": Paris}\n</tool_call>',),
         tools(WEATHER) | USAGE,
         parsed=True,
     ),
     "tool-required-parsed": Exchange(
         'tool_choice "required": vLLM forces the shape by a grammar.',
-        (f"<think>\n\n</think>\n\n{PARIS}",),
+        (f"<think>\n\n</think>{PARIS}",),
         {"tool_choice": "required", **tools(WEATHER), **USAGE},
+        parsed=True,
+    ),
+    "tool-named-parsed": Exchange(
+        'tool_choice names the tool: vLLM forces the shape and finishes with "stop".',
+        (f"<think>\n\n</think>{PARIS}",),
+        {
+            "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+            **tools(WEATHER),
+            **USAGE,
+        },
         parsed=True,
     ),
     "choices": Exchange(
@@ -360,12 +364,12 @@ EXCHANGES: dict[str, Exchange] = {
 }
 
 DEMO: dict[str, Exchange] = {
-    "hello": Exchange("A short answer.", ("Hello! How can I help you today?",), CONTINUOUS, pause_ms=25),
+    "hello": Exchange("A short answer.", ("Hello! How can I help you today?",), CONTINUOUS, pause_ms=22),
     "tour": Exchange(
         "Reasoning, an answer with emoji and CJK, and a tool call, as raw text of the model.",
         (TOUR,),
         {**tools(WEATHER), **INLINE, **CONTINUOUS},
-        pause_ms=25,
+        pause_ms=22,
     ),
 }
 

@@ -44,8 +44,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 
 {{- /* Seconds between the pod's deletion and SIGKILL: never less than the drain needs. */ -}}
 {{- define "penstock.gracePeriod" -}}
-{{- $drain := (include "penstock.settings" . | fromYaml).timing.drain_seconds -}}
-{{- add (int .Values.shutdown.preStopSeconds) (ceil $drain | int) (int .Values.shutdown.marginSeconds) -}}
+{{- $timing := (include "penstock.settings" . | fromYaml).timing -}}
+{{- $drain := addf $timing.drain_seconds $timing.closing_seconds | ceil | int -}}
+{{- add (int .Values.shutdown.preStopSeconds) $drain (int .Values.shutdown.marginSeconds) -}}
 {{- end -}}
 
 {{- /* What a schema can refuse only with an unhelpful message. */ -}}

@@ -135,6 +135,10 @@ class Exchange:
         self._ext: dict[int | None, Ext] = {}
 
     @property
+    def content_type(self) -> str:
+        return self._dialect.content_type
+
+    @property
     def is_over(self) -> bool:
         return self._phase is _Phase.OVER
 
@@ -364,8 +368,8 @@ class Exchange:
         reasons = self._blocks.finish_reasons
         status: StreamStatus = "incomplete" if "length" in reasons else "completed"
         held, _ = self._let_go()
-        ending = [] if engine_is_done else [AbortEngine()]
-        return self._finish(held, Ending.COMPLETED, status, None, now) + cast(list[Command], ending)
+        abort: list[Command] = [] if engine_is_done else [AbortEngine()]
+        return abort + self._finish(held, Ending.COMPLETED, status, None, now)
 
     def _fail(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         if self._phase is _Phase.WAITING and self._seq == 0:

@@ -75,6 +75,8 @@ class Recording:
     status: int
     content_type: str
     chunks: tuple[Chunk, ...]
+    said: tuple[str, ...] = ()
+    """What the model was made to write, per choice, before vLLM cut or parsed it; empty where nobody knows."""
 
     @property
     def body(self) -> bytes:
@@ -129,6 +131,7 @@ def _read_header(number: int, line: bytes, source: str) -> Recording:
         status=status,
         content_type=_text(fields, "content_type", where),
         chunks=(),
+        said=_said(fields, where),
     )
 
 
@@ -159,6 +162,13 @@ def _read_object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecordingError(f"{where}: must be a JSON object; found {_show(value)}")
     return value
+
+
+def _said(fields: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    said = fields.get("said", [])
+    if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+        raise RecordingError(f"{where}: said must be a list of texts, one a choice")
+    return tuple(said)
 
 
 def _text(fields: Mapping[str, object], key: str, where: str) -> str:

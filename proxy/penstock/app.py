@@ -1,0 +1,74 @@
+"""The composition root: the one place where classes meet settings."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from penstock.settings import Settings
+from penstock.shell.auth import Keyring
+from penstock.shell.engine import Engine
+from penstock.shell.server import Server
+from penstock.shell.telemetry import Telemetry
+
+_log = logging.getLogger("penstock")
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
+    """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it."""
+    keyring = Keyring.load(settings.auth)
+    if not keyring and not settings.is_loopback:
+        _log.warning(
+            "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
+            settings.listen.host,
+        )
+    telemetry = Telemetry.from_environment()
+    engine = Engine(settings.upstreams[0], settings.timing)
+    server = Server(settings, keyring, engine, telemetry)
+    # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
+    runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        listening = _listen(settings.listen.host, settings.listen.port)
+        site = web.SockSite(runner, listening)
+        await site.start()
+        yield server, _url(listening)
+        await server.drain()
+    finally:
+        await runner.cleanup()
+        await engine.close()
+        await asyncio.to_thread(telemetry.close)
+
+
+async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. `announce` is called with the URL once it listens."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings) as (server, url):
+        announce(url)
+        await stop.wait()
+        _log.info("stopping: %d streams are open", server.open_streams)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

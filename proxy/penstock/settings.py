@@ -1,0 +1,316 @@
+"""Every setting once: its type, its default, what it means and what to do when it is wrong.
+
+Settings come from flags, `PENSTOCK_*` variables and one YAML file, in that order of precedence. A wrong one is a
+`SettingsError` that names the key, the value, where it came from and the remedy.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from penstock.core.channels import ReasoningPolicy
+from penstock.core.families import FAMILIES, Family, State, thinking_family
+
+_PREFIX = "PENSTOCK_"
+_HASHED_KEY = re.compile(r"sha256:[0-9a-f]{64}")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the text names key, value, source and remedy, a line each."""
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL like http://vllm:8000")
+    if parts.query or parts.fragment:
+        raise ValueError("must not have a query or a fragment")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def hashed_key(value: str) -> str:
+    """`value` itself if it is a stored form of a key; raises `ValueError` with the remedy otherwise."""
+    if not _HASHED_KEY.fullmatch(value):
+        raise ValueError("must be sha256:<64 hex digits>, never the key itself; `penstock hash-key` makes one")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_http_url)]
+HashedKey = Annotated[str, AfterValidator(hashed_key)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(_Part):
+    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs API keys")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose")
+
+
+class Upstream(_Part):
+    url: Url = Field(description="base URL of a vLLM server, e.g. http://vllm:8000")
+    name: str = Field("", description="how events and traces call it; its host and port by default")
+    api_key: SecretStr | None = Field(None, description="sent to the engine as its bearer token")
+    running_usage: bool = Field(True, description="ask for a token count with every chunk; off for engines without it")
+    parses_tools: bool = Field(
+        True, description="false for a vLLM without --tool-call-parser: Penstock then reads the calls from the text"
+    )
+
+    @property
+    def label(self) -> str:
+        return self.name or urlsplit(self.url).netloc
+
+
+class StateSettings(_Part):
+    channel: Literal["answer", "reasoning", "tool", "markup"] = Field(description="where the text of this state goes")
+    on: dict[str, str] = Field(default_factory=dict, description="marker -> next state")
+    otherwise: str | None = Field(None, description="state entered by anything but space and a marker")
+    headers: list[tuple[str, str]] = Field(default_factory=list, description="[pattern, state] pairs, first match wins")
+    syntax: Literal["", "hermes", "arguments"] = Field("", description="how a tool state spells a call")
+
+
+class ReasoningMarks(_Part):
+    open: str = Field(min_length=1, description="marker before the reasoning")
+    close: str = Field(min_length=1, description="marker after the reasoning")
+    opened_by_template: bool = Field(False, description="true where the chat template writes the opening marker")
+
+
+class ToolMarks(_Part):
+    open: str = Field(min_length=1, description="marker before a call")
+    close: str = Field(min_length=1, description="marker after a call")
+    syntax: Literal["hermes", "arguments"] = Field("hermes", description="how the call is written between them")
+
+
+class FamilySettings(_Part):
+    """A family by its marks, or by its states; a built-in family's name with only `models` adds to that family."""
+
+    models: list[str] = Field(description="shell patterns of model names, e.g. ['my-model*']")
+    reasoning: ReasoningMarks | None = Field(None, description="the marks around reasoning")
+    tools: ToolMarks | None = Field(None, description="the marks around tool calls")
+    start: str = Field("", description="the state of the first token, where states are given")
+    states: dict[str, StateSettings] = Field(default_factory=dict, description="a full state table")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "FamilySettings":
+        if self.states and (self.reasoning or self.tools):
+            raise ValueError("give either states or reasoning and tools, not both")
+        if self.states and self.start not in self.states:
+            raise ValueError(f"start must name one of the states: {', '.join(self.states)}")
+        return self
+
+    def build(self, name: str) -> Family:
+        built_in = next((family for family in FAMILIES if family.name == name), None)
+        if self.states:
+            states = {
+                key: State(s.channel, s.on, s.otherwise, tuple(s.headers), s.syntax) for key, s in self.states.items()
+            }
+            return Family(name, tuple(self.models), self.start, self.start, states)
+        if built_in and not self.reasoning and not self.tools:
+            start, thoughtless = built_in.start, built_in.start_without_thinking
+            return Family(name, tuple(self.models), start, thoughtless, built_in.states)
+        reasoning, tools = self.reasoning, self.tools
+        return thinking_family(
+            name,
+            self.models,
+            reasoning=(reasoning.open, reasoning.close) if reasoning else None,
+            opened_by_template=bool(reasoning and reasoning.opened_by_template),
+            tools=(tools.open, tools.close) if tools else None,
+            tool_syntax=tools.syntax if tools else "",
+        )
+
+
+class Auth(_Part):
+    keys_file: Path | None = Field(None, description="file of hashed keys, a line each: name=sha256:<hex>")
+    keys: dict[str, HashedKey] = Field(default_factory=dict, description="name -> sha256:<hex of the key>")
+    allow_anonymous: bool = Field(False, description="serve without keys beyond loopback; only behind your own gate")
+
+
+class Limits(_Part):
+    request_bytes: int = Field(10 * 2**20, ge=1024, description="largest request body")
+    line_bytes: int = Field(2**20, ge=1024, description="longest line or event that an engine may send")
+    stream_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of one stream after which it is ended")
+    stream_seconds: float = Field(600, gt=0, description="seconds after which a stream is ended")
+
+
+class Timing(_Part):
+    connect_seconds: float = Field(5, gt=0, description="time for a connection to the engine")
+    first_byte_seconds: float = Field(1, gt=0, description="the head of a stream waits no longer for the first token")
+    heartbeat_seconds: float = Field(15, gt=0, description="silence after which a heartbeat is sent")
+    drain_seconds: float = Field(30, ge=0, description="time that open streams get after SIGTERM")
+    closing_seconds: float = Field(10, gt=0, description="time that a client gets to take the last bytes")
+
+
+class Settings(_Part):
+    listen: Listen = Field(Listen(), description="where clients connect")
+    upstreams: list[Upstream] = Field(min_length=1, max_length=1, description="the vLLM server; one for now")
+    reasoning: ReasoningPolicy = Field("separate", description="separate, hide or inline, unless a request says so")
+    families: dict[str, FamilySettings] = Field(default_factory=dict, description="model families added without code")
+    auth: Auth = Field(Auth(), description="who may use this")
+    limits: Limits = Field(Limits(), description="caps, in bytes and seconds")
+    timing: Timing = Field(Timing(), description="times, in seconds")
+
+    @model_validator(mode="after")
+    def _never_an_open_relay(self) -> "Settings":
+        has_keys = bool(self.auth.keys or self.auth.keys_file)
+        if not has_keys and not self.is_loopback and not self.auth.allow_anonymous:
+            raise ValueError(
+                f"listen.host {self.listen.host!r} is not loopback and there are no API keys; set auth.keys_file or "
+                "auth.keys, listen on 127.0.0.1, or set auth.allow_anonymous where something else guards this port"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _families_are_sound(self) -> "Settings":
+        for name, family in self.families.items():
+            try:
+                family.build(name)
+            except (ValueError, re.error) as error:
+                raise ValueError(f"families.{name}: {error}") from None
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.listen.host in _LOOPBACK or self.listen.host.startswith("127.")
+
+    def all_families(self) -> tuple[Family, ...]:
+        """The families of the settings first, then the built-in ones."""
+        return (*(family.build(name) for name, family in self.families.items()), *FAMILIES)
+
+
+def load_settings(
+    config: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings of the YAML file `config`, under `PENSTOCK_*` variables, under `flags` (dotted keys).
+
+    Raises `SettingsError`.
+    """
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if config is not None:
+        _merge(merged, _read_file(config), sources, str(config))
+    for name, path, value in _variables(os.environ if environment is None else environment):
+        _merge(merged, _nested(path, value), sources, name)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _merge(merged, _nested(key.split("."), value), sources, f"--{key.split('.')[-1].replace('_', '-')}")
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentences(error, sources))) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give an existing file to --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(loaded, dict | None):
+        raise SettingsError(f"{path}: must hold a mapping of settings, like `listen: {{port: 8080}}`")
+    return loaded or {}
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str], Any]]:
+    """Variables that name a setting. Others with the prefix are left alone: Kubernetes adds PENSTOCK_PORT and such."""
+    for name in sorted(environment):
+        path = name.removeprefix(_PREFIX).lower().split("__")
+        if name.startswith(_PREFIX) and path[0] in Settings.model_fields:
+            try:
+                yield name, path, yaml.safe_load(environment[name])
+            except yaml.YAMLError as error:
+                raise SettingsError(f"{name}: {environment[name]!r} cannot be read: {error}") from None
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any], sources: dict[str, str], source: str, at: str = "") -> None:
+    for key, value in new.items():
+        path = f"{at}.{key}" if at else str(key)
+        sources[path] = source
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value, sources, source, path)
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value, sources, source, path)
+        else:
+            into[key] = value
+
+
+def _sentences(error: ValidationError, sources: Mapping[str, str]) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        path = ".".join(map(str, fault["loc"]))
+        message = fault["msg"].removeprefix("Value error, ")
+        if not path:
+            yield message
+            continue
+        source = next((sources[p] for p in _parents(path) if p in sources), None)
+        where = f" (from {source})" if source else ""
+        if fault["type"] == "missing":
+            yield f"{path}: is missing. It is {_meaning(path)}"
+        elif fault["type"] == "extra_forbidden":
+            yield f"{path}{where}: is no setting. {_siblings(path)}"
+        else:
+            yield f"{path}: {_shown(fault['input'])}{where} is wrong: {message}. It is {_meaning(path)}"
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _model_at(path: list[str]) -> type[BaseModel] | None:
+    """The settings class that the last key of `path` belongs to."""
+    model: type[BaseModel] = Settings
+    for key in path[:-1]:
+        field = model.model_fields.get(key)
+        if field is None:
+            continue  # an index of a list or a key of a mapping
+        found = next((part for part in _classes(field.annotation)), None)
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _classes(inner)
+
+
+def _meaning(path: str) -> str:
+    keys = path.split(".")
+    model = _model_at(keys)
+    named = [key for key in keys if model and key in model.model_fields]
+    if model is None or not named:
+        return "described in docs/reference/settings.md"
+    field = model.model_fields[named[-1]]
+    default = "" if field.is_required() else f" (default {field.get_default(call_default_factory=True)!r})"
+    return f"{field.description}{default}"
+
+
+def _siblings(path: str) -> str:
+    model = _model_at(path.split("."))
+    return f"The settings here are: {', '.join(model.model_fields)}" if model else "See docs/reference/settings.md"

@@ -1,0 +1,95 @@
+"""The connection to one vLLM server."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import aiohttp
+from yarl import URL
+
+from penstock.core.errors import EngineError, Problem
+from penstock.settings import Timing, Upstream
+
+# How long an answer about the engine's health is good for, and how long to wait for one.
+_HEALTH_SECONDS = 1.0
+_HEALTH_TIMEOUT = 2.0
+
+
+class Engine:
+    """One upstream. Make it inside a running loop; `close` it when the last answer is over."""
+
+    def __init__(self, upstream: Upstream, timing: Timing) -> None:
+        self.upstream = upstream
+        self._base = URL(upstream.url)
+        # No limit on connections: admission is ours, not the pool's. aiohttp sets TCP_NODELAY by itself.
+        # No overall or read time-out either: a silent engine is met by heartbeats and the stream's time limit.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timing.connect_seconds),
+            headers={"Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._health = (float("-inf"), False)
+
+    @property
+    def address(self) -> str:
+        return self._base.host or ""
+
+    @property
+    def port(self) -> int | None:
+        return self._base.port
+
+    @asynccontextmanager
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's answer, whatever its status; leaving the block closes the connection if it is not read out.
+
+        Raises `EngineError` where the engine cannot be reached or the connection breaks, inside the block too.
+        """
+        merged = {"Content-Type": "application/json", **self._authorization(headers), **headers}
+        try:
+            async with self._session.post(self._base.joinpath(path), data=body, headers=merged) as answer:
+                yield answer
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _problem(error, self.upstream.label) from error
+
+    async def get(self, path: str, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
+        """Status, content type and body of a small answer. Raises `EngineError`."""
+        timeout = aiohttp.ClientTimeout(total=30)
+        merged = {**self._authorization(headers), **headers}
+        try:
+            async with self._session.get(self._base.joinpath(path), headers=merged, timeout=timeout) as answer:
+                return answer.status, answer.content_type, await answer.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _problem(error, self.upstream.label) from error
+
+    async def is_healthy(self) -> bool:
+        """Whether the engine's `/health` answers 200, asked at most once a second."""
+        now = asyncio.get_running_loop().time()
+        asked, healthy = self._health
+        if now - asked < _HEALTH_SECONDS:
+            return healthy
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT)
+        try:
+            async with self._session.get(self._base.joinpath("health"), timeout=timeout) as answer:
+                healthy = answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            healthy = False
+        self._health = (now, healthy)
+        return healthy
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    def _authorization(self, headers: Mapping[str, str]) -> dict[str, str]:
+        key = self.upstream.api_key
+        if key is None or "Authorization" in headers:
+            return {}
+        return {"Authorization": f"Bearer {key.get_secret_value()}"}
+
+
+def _problem(error: Exception, name: str) -> Problem:
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
+        return EngineError("engine_timeout", f"the engine {name} did not answer in time", status=504)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return EngineError("engine_unreachable", f"the engine {name} cannot be reached; is it running?")
+    return EngineError("engine_gone", f"the connection to the engine {name} broke in the middle of its answer")

@@ -1,0 +1,300 @@
+"""The routes: each request becomes an exchange with its driver; errors before the first byte become answers."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+
+from aiohttp import hdrs, web
+
+from penstock.core.commands import RecordUsage
+from penstock.core.dialects import Dialect, native, openai_chat
+from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
+from penstock.core.exchange import Bounds, Exchange, Setting
+from penstock.core.families import Family, choose_family
+from penstock.core.request import StreamRequest, read_request
+from penstock.core.signals import Cancelled, Draining
+from penstock.settings import Settings
+from penstock.shell.auth import Keyring
+from penstock.shell.client import ClientConnection
+from penstock.shell.driver import Driver
+from penstock.shell.engine import Engine
+from penstock.shell.telemetry import StreamTrace, Telemetry
+
+_log = logging.getLogger("penstock")
+
+CHAT = "/v1/chat/completions"
+STREAMS = "/v1/streams"
+_RETRY_SECONDS = "1"
+
+RunningUsage = Callable[[int], tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _OpenStream:
+    principal: str
+    driver: Driver
+
+
+class Server:
+    """All routes over one engine. `drain` before closing: it waits for open streams and ends the rest."""
+
+    def __init__(self, settings: Settings, keyring: Keyring, engine: Engine, telemetry: Telemetry) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._engine = engine
+        self._telemetry = telemetry
+        self._families: tuple[Family, ...] = settings.all_families()
+        self._streams: dict[str, _OpenStream] = {}
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+        self._draining = False
+        self._schema = resources.files("penstock.core").joinpath("schema-1.0.json").read_bytes()
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[self._errors], client_max_size=self._settings.limits.request_bytes)
+        app.add_routes(
+            [
+                web.post(STREAMS, self._native),
+                web.delete(STREAMS + "/{id}", self._cancel),
+                web.post(CHAT, self._openai_chat),
+                web.get("/v1/models", self._models),
+                web.get("/v1/schema", self._show_schema),
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+            ]
+        )
+        return app
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    async def drain(self) -> None:
+        """Refuses new streams, gives open ones `timing.drain_seconds`, then ends the rest with an error event."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(self._settings.timing.drain_seconds):
+                await self._all_closed.wait()
+        except TimeoutError:
+            _log.warning("drain time is over: ending %d open streams", len(self._streams))
+            now = asyncio.get_running_loop().time()
+            await asyncio.gather(*(stream.driver.tell(Draining(now)) for stream in list(self._streams.values())))
+            await self._all_closed.wait()
+
+    # -- streams -----------------------------------------------------------------------------------
+
+    async def _native(self, http: web.Request) -> web.StreamResponse:
+        kind = _accepted(http.headers.get(hdrs.ACCEPT, ""))
+        return await self._serve(http, STREAMS, lambda stream_id, _request, _usage: kind(stream_id), streams=True)
+
+    async def _openai_chat(self, http: web.Request) -> web.StreamResponse:
+        def spell(_stream_id: str, request: StreamRequest, usage: RunningUsage) -> Dialect:
+            return openai_chat.ChatStream(request, usage) if request.streams else openai_chat.ChatWhole()
+
+        return await self._serve(http, CHAT, spell, streams=None)
+
+    async def _serve(
+        self,
+        http: web.Request,
+        route: str,
+        spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
+        *,
+        streams: bool | None,
+    ) -> web.StreamResponse:
+        stream_id = "st_" + secrets.token_hex(16)
+        trace = self._telemetry.begin(http.headers, route, stream_id)
+        try:
+            principal = self._admit(http)
+            request = await self._read(http, streams)
+            family = self._family(request)
+        except Problem as problem:
+            trace.refuse(problem.code)
+            raise
+        except web.HTTPException:
+            trace.refuse("request_too_large")
+            raise
+        setting = self._setting(stream_id, family, request, trace)
+        exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
+        client = ClientConnection(http, {"X-Stream-Id": stream_id, "X-Stream-Schema": native.SCHEMA_VERSION})
+        driver = Driver(
+            exchange,
+            client,
+            self._engine,
+            stream_id=stream_id,
+            content_type=exchange.content_type,
+            closing_seconds=self._settings.timing.closing_seconds,
+            whole_bytes=self._settings.limits.stream_bytes,
+            record=lambda record: self._record(stream_id, principal, trace, record),
+        )
+        await self._run(_OpenStream(principal, driver), stream_id, request, trace, http)
+        if client.response is None:
+            raise ConnectionResetError("the client left before the answer began")
+        return client.response
+
+    async def _run(
+        self, stream: _OpenStream, stream_id: str, request: StreamRequest, trace: StreamTrace, http: web.Request
+    ) -> None:
+        headers = dict(trace.call_engine(request, self._engine.address, self._engine.port))
+        headers["X-Request-Id"] = stream_id
+        # Without keys of our own the caller's key is the engine's business, as if we were not there.
+        if not self._keyring and hdrs.AUTHORIZATION in http.headers and self._engine.upstream.api_key is None:
+            headers["Authorization"] = http.headers[hdrs.AUTHORIZATION]
+        self._streams[stream_id] = stream
+        self._all_closed.clear()
+        try:
+            await stream.driver.run(CHAT[1:], request.engine_body, headers, streams=request.streams)
+        finally:
+            del self._streams[stream_id]
+            if not self._streams:
+                self._all_closed.set()
+
+    def _admit(self, http: web.Request) -> str:
+        principal = self._keyring.authenticate(http.headers)
+        if self._draining:
+            message = "this replica is shutting down; send the request again, it reaches another one"
+            raise Overloaded("draining", message, headers={"Retry-After": _RETRY_SECONDS, "Connection": "close"})
+        return principal
+
+    async def _read(self, http: web.Request, streams: bool | None) -> StreamRequest:
+        upstream = self._engine.upstream
+        return read_request(
+            await http.read(),
+            streams=streams,
+            running_usage=upstream.running_usage,
+            engine_parses_tools=upstream.parses_tools,
+        )
+
+    def _family(self, request: StreamRequest) -> Family:
+        family = choose_family(self._families, request.model, request.family)
+        if family is None:
+            known = ", ".join(sorted({family.name for family in self._families}))
+            message = f"penstock.family {request.family!r} is not known; the families are {known}"
+            raise CallerError("invalid_request", message, param="penstock.family")
+        return family
+
+    def _setting(self, stream_id: str, family: Family, request: StreamRequest, trace: StreamTrace) -> Setting:
+        limits, timing = self._settings.limits, self._settings.timing
+        return Setting(
+            stream_id=stream_id,
+            upstream=self._engine.upstream.label,
+            trace_id=trace.trace_id,
+            family=family,
+            reasoning=request.reasoning or self._settings.reasoning,
+            bounds=Bounds(
+                line_bytes=limits.line_bytes,
+                stream_bytes=limits.stream_bytes,
+                stream_seconds=limits.stream_seconds,
+                first_byte_seconds=timing.first_byte_seconds,
+                heartbeat_seconds=timing.heartbeat_seconds,
+            ),
+            started=asyncio.get_running_loop().time(),
+            epoch_ms=int(time.time() * 1000),
+        )
+
+    def _record(self, stream_id: str, principal: str, trace: StreamTrace, record: RecordUsage) -> None:
+        trace.finish(record)
+        _log.info(
+            "stream %s ended %s: principal=%s model=%s prompt=%d completion=%d delivered=%d estimated=%s seconds=%.3f",
+            stream_id,
+            record.ending.value if record.error_code is None else record.error_code,
+            principal,
+            record.model,
+            record.usage.prompt_tokens,
+            record.usage.completion_tokens,
+            record.usage.delivered_tokens,
+            record.usage.estimated,
+            record.duration_seconds,
+        )
+
+    async def _cancel(self, http: web.Request) -> web.Response:
+        """Idempotent: a stream that is over, or never was, is as cancelled as it will ever be."""
+        principal = self._keyring.authenticate(http.headers)
+        stream = self._streams.get(http.match_info["id"])
+        if stream is not None and stream.principal == principal:
+            await stream.driver.tell(Cancelled(asyncio.get_running_loop().time()))
+        return web.Response(status=204)
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    async def _models(self, http: web.Request) -> web.Response:
+        self._keyring.authenticate(http.headers)
+        headers = {}
+        if not self._keyring and hdrs.AUTHORIZATION in http.headers:
+            headers["Authorization"] = http.headers[hdrs.AUTHORIZATION]
+        status, content_type, body = await self._engine.get("v1/models", headers)
+        return web.Response(status=status, body=body, content_type=content_type)
+
+    async def _show_schema(self, _http: web.Request) -> web.Response:
+        return web.Response(body=self._schema, content_type="application/schema+json")
+
+    async def _healthz(self, _http: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _http: web.Request) -> web.Response:
+        if self._draining:
+            return web.Response(status=503, text="draining\n")
+        if not await self._engine.is_healthy():
+            return web.Response(status=503, text=f"the engine {self._engine.upstream.label} is not healthy\n")
+        return web.Response(text="ready\n")
+
+    @web.middleware
+    async def _errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every failure before the first byte, as JSON in the shape that the route's clients know."""
+        try:
+            return await handler(request)
+        except Problem as problem:
+            return _refuse(request, problem)
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._settings.limits.request_bytes
+            message = f"the request body is larger than {limit} bytes (limits.request_bytes)"
+            return _refuse(request, CallerError("request_too_large", message, status=413))
+        except web.HTTPException as error:
+            message = f"{request.method} {request.path}: {error.reason}"
+            headers = {str(name): error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}
+            return _refuse(request, CallerError("no_such_route", message, status=error.status, headers=headers))
+        except ConnectionResetError:
+            raise
+        except Exception:
+            _log.exception("%s %s: internal error", request.method, request.path)
+            return _refuse(request, OurBug("internal_error", "Penstock failed on this request; its log says more"))
+
+
+def _refuse(http: web.Request, problem: Problem) -> web.Response:
+    body = openai_chat.refusal(problem) if http.path == CHAT else native.refusal(problem)
+    return web.Response(status=problem.status, body=body, content_type="application/json", headers=problem.headers)
+
+
+_NATIVE_KINDS: dict[str, Callable[[str], Dialect]] = {
+    "text/event-stream": native.NativeSse,
+    "application/x-ndjson": native.NativeNdjson,
+    "application/json": native.NativeFolded,
+}
+_ANY = {"*/*": "text/event-stream", "text/*": "text/event-stream", "application/*": "application/json"}
+
+
+def _accepted(accept: str) -> Callable[[str], Dialect]:
+    """The form that the caller likes best (RFC 9110 quality values); raises `CallerError` (406) if there is none."""
+    wishes: list[tuple[float, int, str]] = []
+    for position, part in enumerate(accept.split(",") if accept.strip() else ["*/*"]):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        name = _ANY.get(name, name)
+        if name in _NATIVE_KINDS and _number(quality) > 0:
+            wishes.append((-_number(quality), position, name))
+    if not wishes:
+        message = f"Accept: {accept} is not served here; accept one of {', '.join(_NATIVE_KINDS)}"
+        raise CallerError("not_acceptable", message, status=406)
+    return _NATIVE_KINDS[min(wishes)[2]]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,156 @@
+"""Traces by OpenTelemetry's GenAI conventions: one server span and one client span a stream.
+
+The conventions are in development, so every name stands in this file. Configured by the standard `OTEL_*`
+variables alone; without an exporter named there nothing is recorded, and the caller's context still travels
+on to the engine.
+"""
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+from opentelemetry import propagate, trace
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from penstock import __version__
+from penstock.core.commands import Ending, RecordUsage
+from penstock.core.request import StreamRequest
+
+_NOT_ERRORS = (Ending.COMPLETED, Ending.CANCELLED, Ending.CLIENT_GONE)
+
+
+class Telemetry:
+    """Makes the spans. `close` sends what is still queued; call it once, when the last stream is over."""
+
+    def __init__(self, provider: TracerProvider | None) -> None:
+        self._provider = provider
+        self._tracer = trace.get_tracer("penstock", __version__, tracer_provider=provider)
+
+    @classmethod
+    def from_environment(cls) -> "Telemetry":
+        """As `OTEL_TRACES_EXPORTER`, `OTEL_EXPORTER_OTLP_*` and `OTEL_SDK_DISABLED` say; by default off."""
+        exporter = _exporter(os.environ)
+        if exporter is None:
+            return cls(None)
+        resource = Resource.create(
+            {SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME", "penstock"), SERVICE_VERSION: __version__}
+        )
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    def begin(self, headers: Mapping[str, str], route: str, stream_id: str) -> "StreamTrace":
+        """Opens the server span, child of the caller's span if `headers` name one."""
+        carrier = {name.lower(): value for name, value in headers.items()}
+        context = propagate.extract(carrier)
+        attributes: dict[str, AttributeValue] = {
+            "http.request.method": "POST",
+            "http.route": route,
+            "penstock.stream.id": stream_id,
+        }
+        span = self._tracer.start_span(f"POST {route}", context, SpanKind.SERVER, attributes)
+        return StreamTrace(self._tracer, span)
+
+    def close(self) -> None:
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+class StreamTrace:
+    """The two spans of one stream. `finish` ends both."""
+
+    def __init__(self, tracer: trace.Tracer, server: Span) -> None:
+        self._tracer = tracer
+        self._server = server
+        self._client: Span | None = None
+
+    @property
+    def trace_id(self) -> str | None:
+        context = self._server.get_span_context()
+        return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+    def call_engine(self, request: StreamRequest, address: str, port: int | None) -> MutableMapping[str, str]:
+        """Opens the client span and returns the headers that carry the context on to the engine."""
+        attributes: dict[str, AttributeValue | None] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": "vllm",
+            "gen_ai.request.model": request.model,
+            "gen_ai.request.choice.count": request.choices if request.choices > 1 else None,
+            "gen_ai.request.max_tokens": request.max_tokens,
+            "gen_ai.request.temperature": request.temperature,
+            "gen_ai.request.top_p": request.top_p,
+            "server.address": address,
+            "server.port": port,
+        }
+        known = {name: value for name, value in attributes.items() if value is not None}
+        parent = trace.set_span_in_context(self._server)
+        self._client = self._tracer.start_span(f"chat {request.model}", parent, SpanKind.CLIENT, known)
+        headers: dict[str, str] = {}
+        propagate.inject(headers, trace.set_span_in_context(self._client))
+        return headers
+
+    def finish(self, record: RecordUsage) -> None:
+        if self._client is not None:
+            self._client.set_attributes(_answer_attributes(record))
+            self._settle(self._client, record)
+        self._server.set_attribute("penstock.ending", record.ending.value)
+        self._settle(self._server, record)
+
+    def refuse(self, code: str) -> None:
+        """Ends the server span of a request that never became a stream."""
+        self._server.set_attribute("error.type", code)
+        self._server.set_status(Status(StatusCode.ERROR, code))
+        self._server.end()
+
+    @staticmethod
+    def _settle(span: Span, record: RecordUsage) -> None:
+        if record.ending not in _NOT_ERRORS:
+            code = record.error_code or record.ending.value
+            span.set_attribute("error.type", code)
+            span.set_status(Status(StatusCode.ERROR, code))
+        span.end()
+
+
+def _answer_attributes(record: RecordUsage) -> dict[str, AttributeValue]:
+    usage = record.usage
+    attributes: dict[str, AttributeValue | None] = {
+        "gen_ai.response.id": record.engine_id,
+        "gen_ai.response.model": record.model,
+        "gen_ai.response.finish_reasons": record.finish_reasons or None,
+        "gen_ai.response.time_to_first_chunk": record.ttft_seconds,
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
+        "penstock.usage.estimated": usage.estimated,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _exporter(environment: Mapping[str, str]) -> SpanExporter | None:
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    has_endpoint = any(
+        environment.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    )
+    match environment.get("OTEL_TRACES_EXPORTER") or ("otlp" if has_endpoint else "none"):
+        case "console":
+            return ConsoleSpanExporter()
+        case "otlp":
+            return _otlp_exporter(environment)
+        case _:
+            return None
+
+
+def _otlp_exporter(environment: Mapping[str, str]) -> SpanExporter:
+    general = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    if environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", general) == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        return GrpcExporter()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+    return HttpExporter()
