@@ -68,7 +68,9 @@ def model_directory() -> Path:
 
 def stop_with_stdin() -> None:
     """Wait for the end of standard input, then take the whole process group along, the engine's too."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock, held here, would crash an interpreter that ends for another reason.
+    while os.read(0, 1024):
+        continue
     os.killpg(0, signal.SIGKILL)
 
 

@@ -228,7 +228,7 @@ def only_engine() -> Iterator[None]:
 
 def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> Engine:
     port = free_port()
-    log = WORK / f"engine-{port}.log"
+    log = WORK / "engine.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [python, SERVE, "--port", str(port), "--stop-with-stdin", *arguments],

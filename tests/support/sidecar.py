@@ -1,0 +1,32 @@
+"""Penstock in the test's own event loop, over real sockets."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from penstock import app
+from penstock.settings import load_settings
+from penstock.shell.server import Server
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    url: str
+    server: Server
+
+
+@asynccontextmanager
+async def sidecar(engine_url: str, upstream: dict[str, Any] | None = None, **flags: Any) -> AsyncIterator[Sidecar]:
+    """Penstock in front of `engine_url`; `flags` are settings with `__` for the dot, like `limits__stream_bytes`.
+
+    A free port, and no time for draining unless a test asks for it, so that a failing test ends at once.
+    """
+    settings = {
+        "upstreams": [{"url": engine_url, "name": "engine", **(upstream or {})}],
+        "listen.port": 0,
+        "timing.drain_seconds": 0,
+        **{name.replace("__", "."): value for name, value in flags.items()},
+    }
+    async with app.running(load_settings(environment={}, flags=settings)) as (server, url):
+        yield Sidecar(url, server)
