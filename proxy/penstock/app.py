@@ -4,8 +4,9 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -47,14 +48,31 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then drains. `announce` is called with the URL once it listens."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = _stop_signal()
     async with running(settings) as (server, url):
         announce(url)
         await stop.wait()
         _log.info("stopping: %d streams are open", server.open_streams)
+
+
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` until it ends or SIGTERM or SIGINT comes; process 1 of a container gets no default handler."""
+    stop = _stop_signal()
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def _listen(host: str, port: int) -> socket.socket:

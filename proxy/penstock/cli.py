@@ -114,7 +114,8 @@ def _replay(parsed: argparse.Namespace) -> int:
         names = ", ".join(recording.name for recording in recordings)
         print(f"penstock replay on {url} with {names}", flush=True)
 
-    asyncio.run(run_replay(parsed.paths, parsed.host, parsed.port, parsed.speed, parsed.fault, announce))
+    replay = run_replay(parsed.paths, parsed.host, parsed.port, parsed.speed, parsed.fault, announce)
+    asyncio.run(app.until_stopped(replay))
     return 0
 
 

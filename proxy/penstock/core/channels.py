@@ -13,8 +13,6 @@ from penstock.core.families import Family, State
 
 ReasoningPolicy = Literal["separate", "hide", "inline"]
 
-# How much white space may be held before a block; past it the space is text, so that nothing holds without bound.
-_MOST_SPACE = 256
 # How much of a header is kept to decide by; a longer one is still counted, but not stored.
 _MOST_HEADER = 512
 _INLINE_MARKS = ("<think>", "</think>")
@@ -48,7 +46,7 @@ class Channels:
         """Everything still held, when the stream ends without the choices' own ends."""
         out: list[Event] = []
         for choice in self._choices.values():
-            choice.flush(out)
+            choice.settle(out)
         return out
 
     def _choice(self, choice: int) -> "_ChoiceChannels":
@@ -79,6 +77,10 @@ class _Extras:
         tokens, self.tokens = self.tokens, 0
         return tokens
 
+    def forget(self) -> None:
+        """Of hidden text no trace is left to read in what comes next; its tokens were counted."""
+        self.logprobs = self.token_ids = None
+
     def give(self, item: Text | Finished) -> None:
         item.tokens += self.take_tokens()
         if self.logprobs is not None:
@@ -104,31 +106,25 @@ class _ChoiceChannels:
             case Channel.RAW:
                 self._raw(item, out)
             case Channel.REASONING:
-                self._release(out)
+                self._interrupt(out)
                 if not self._engine_splits:
                     self._engine_splits = True
                     self._state = self._family.states[self._family.start_without_thinking]
                 self._reasoning(item, out)
             case Channel.ANSWER:
-                self._release(out)
+                self._interrupt(out)
                 self._answer(item, out)
             case _:
                 assert_never(item.channel)
 
     def settle(self, out: list[Event]) -> None:
         """Lets go of what is held: the engine itself said that something else begins."""
-        self._release(out)
+        self._interrupt(out)
         self._close_inline(out)
 
     def finish(self, item: Finished, out: list[Event]) -> None:
-        self.flush(out)
-        self._extras.give(item)
-
-    def flush(self, out: list[Event]) -> None:
         self.settle(out)
-        if self._state.channel == "tool":
-            out.append(ToolMarkup(self._choice, self._state.syntax, "", phase="cut"))
-            self._state = self._family.states[self._family.start_without_thinking]
+        self._extras.give(item)
 
     def _raw(self, item: Text, out: list[Event]) -> None:
         state = self._state
@@ -154,7 +150,7 @@ class _ChoiceChannels:
                 if free:
                     self._emit_piece(text[:free], out)
                 return text[free:]
-            elif len(text) <= _MOST_SPACE and state.markers.may_begin(text.lstrip()):
+            elif state.may_open_a_block(text):
                 return text
             else:
                 self._state = self._family.states[state.otherwise]
@@ -215,11 +211,13 @@ class _ChoiceChannels:
         if self._policy == "hide":
             self._extras.keep(item)
             out.append(Withheld(self._choice, "hidden", item.text, self._extras.take_tokens()))
+            self._extras.forget()
             return
         if self._policy == "inline" and not self._inline_open:
             self._inline_open = True
             out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[0], added=True))
-        item.channel = Channel.ANSWER if self._policy == "inline" else Channel.REASONING
+        item.inlined = self._policy == "inline"
+        item.channel = Channel.ANSWER if item.inlined else Channel.REASONING
         self._extras.give(item)
         _append(item, out)
 
@@ -228,8 +226,14 @@ class _ChoiceChannels:
             self._inline_open = False
             out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[1], added=True))
 
+    def _interrupt(self, out: list[Event]) -> None:
+        """Something that is not raw text begins: held text was no marker, and a call in the text ends here."""
+        self._release(out)
+        if self._state.channel == "tool":
+            out.append(ToolMarkup(self._choice, self._state.syntax, "", phase="cut"))
+            self._state = self._family.states[self._family.start_without_thinking]
+
     def _release(self, out: list[Event]) -> None:
-        """Held text was no marker after all."""
         if self._held:
             text, self._held = self._held, ""
             if self._state.otherwise is not None:
@@ -245,6 +249,7 @@ def _append(item: Text, out: list[Event]) -> None:
         and last.choice == item.choice
         and last.channel is item.channel
         and last.refusal is item.refusal
+        and last.inlined is item.inlined
         and not last.added
     ):
         last.text += item.text

@@ -70,7 +70,8 @@ class Text:
     """Whole characters of one channel.
 
     `tokens` is how many tokens it cost, 0 where the engine did not say; `logprobs` the entries that the engine
-    gave for them. `added` is text that the model did not write (the marks of inlined reasoning).
+    gave for them. `added` is text that the model did not write (the marks of inlined reasoning), `inlined` the
+    reasoning between them, which is shown as answer and counted as reasoning.
     """
 
     choice: int
@@ -81,6 +82,7 @@ class Text:
     token_ids: list[int] | None = None
     refusal: bool = False
     added: bool = False
+    inlined: bool = False
     block: int = 0
 
 

@@ -15,6 +15,9 @@ from penstock.core.markers import Markers
 
 StateChannel = Literal["answer", "reasoning", "tool", "markup"]
 
+# How much white space may be held before a block; past it the space is text, so that nothing holds without bound.
+_MOST_SPACE = 256
+
 
 @dataclass(frozen=True)
 class State:
@@ -43,8 +46,14 @@ class State:
             found = self.markers.pattern.search(text)
             return None if found is None else (found.start(), found.end(), found.group())
         rest = text.lstrip()
-        found = self.markers.pattern.match(rest)
-        return None if found is None else (0, len(text) - len(rest) + found.end(), found.group())
+        space = len(text) - len(rest)
+        found = self.markers.pattern.match(rest) if space <= _MOST_SPACE else None
+        return None if found is None else (0, space + found.end(), found.group())
+
+    def may_open_a_block(self, text: str) -> bool:
+        """Whether `text`, standing before a block, may still become white space and a marker."""
+        rest = text.lstrip()
+        return len(text) - len(rest) <= _MOST_SPACE and self.markers.may_begin(rest)
 
 
 @dataclass(frozen=True)

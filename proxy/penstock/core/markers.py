@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 
 class Markers:
-    """`words` are tried in their order; no word may begin another, or the shorter would always win."""
+    """No word may be complete within another before its end: which one is found would depend on how text is cut."""
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(words)
         for word in self.words:
-            longer = [other for other in self.words if other != word and other.startswith(word)]
+            longer = [other for other in self.words if word in other[:-1]]
             if not word or longer:
-                raise ValueError(f"{word!r} is empty or begins another of the same set: {longer}")
+                raise ValueError(f"{word!r} is empty or stands within another of the same set: {longer}")
         self.pattern = re.compile("|".join(map(re.escape, self.words)) or r"(?!)")
         letters = sorted({word[0] for word in self.words})
         self._first = re.compile("[" + "".join(map(re.escape, letters)) + "]" if letters else r"(?!)")

@@ -19,21 +19,15 @@ class Frame:
     id: bytes | None = None
 
 
-class LineTooLongError(Exception):
-    """A line or an event outgrew the limit; the parser must not be fed again."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"a line of the event stream is longer than {limit} bytes")
-        self.limit = limit
-
-
 class Parser:
     """Turns bytes, however they are cut, into frames. What is not closed by a blank line is never dispatched.
 
-    Holds at most one unfinished event of `limit` bytes and raises `LineTooLongError` past it.
+    Holds at most one unfinished event of `limit` bytes. Where a line or an event outgrows it, `has_overflowed` is
+    set and nothing more is read; the frames before it are still returned, however the bytes were cut.
     """
 
     def __init__(self, limit: int) -> None:
+        self.has_overflowed = False
         self._limit = limit
         self._rest = b""
         self._at_start = True
@@ -44,14 +38,14 @@ class Parser:
         self._id: bytes | None = None
 
     def feed(self, data: bytes) -> list[Frame]:
+        if self.has_overflowed:
+            return []
         if self._at_start or self._after_cr:
             data = self._open(data)
         lines = _LINE_END.split(self._rest + data)
         self._rest = lines.pop()
         if data:  # a CR that ends this piece may be the first half of a CRLF; its line is over either way
             self._after_cr = data.endswith(b"\r")
-        if len(self._rest) > self._limit:
-            raise LineTooLongError(self._limit)
         frames: list[Frame] = []
         for line in lines:
             if line:
@@ -60,6 +54,9 @@ class Parser:
                 frames.append(self._dispatch())
             else:
                 self._event = b""
+            if self.has_overflowed:
+                break
+        self.has_overflowed |= len(self._rest) > self._limit
         return frames
 
     def _open(self, data: bytes) -> bytes:
@@ -77,14 +74,12 @@ class Parser:
         return data
 
     def _take(self, line: bytes) -> None:
-        if len(line) > self._limit:
-            raise LineTooLongError(self._limit)
+        self.has_overflowed = len(line) > self._limit
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
             self._size += len(value) + 1
-            if self._size > self._limit:
-                raise LineTooLongError(self._limit)
+            self.has_overflowed |= self._size > self._limit
             self._data.append(value)
         elif name == b"event":
             self._event = value
