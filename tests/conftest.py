@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
@@ -15,11 +16,34 @@ settings.register_profile("soak", settings.get_profile("ci"), derandomize=False,
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+class EngineHolder:
+    """Starts the engine when the first test asks for it, and again after a test that killed it."""
+
+    def __init__(self) -> None:
+        self._running = ExitStack()
+        self._engine: Engine | None = None
+
+    def running(self) -> Engine:
+        if self._engine is None or not self._engine.is_alive():
+            self.stop()
+            self._engine = self._running.enter_context(running_engine())
+        return self._engine
+
+    def stop(self) -> None:
+        self._running.close()
+
+
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    """The real vLLM engine, started once. Tests that kill it start their own."""
-    with running_engine() as running:
-        yield running
+def engine_holder() -> Iterator[EngineHolder]:
+    holder = EngineHolder()
+    yield holder
+    holder.stop()
+
+
+@pytest.fixture
+def engine(engine_holder: EngineHolder) -> Engine:
+    """The real vLLM engine, one for the whole run. A test may kill it: wait until it is dead, the next starts anew."""
+    return engine_holder.running()
 
 
 @pytest.fixture

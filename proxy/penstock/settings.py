@@ -144,6 +144,7 @@ class Timing(_Part):
     connect_seconds: float = Field(5, gt=0, description="time for a connection to the engine")
     first_byte_seconds: float = Field(1, gt=0, description="the head of a stream waits no longer for the first token")
     heartbeat_seconds: float = Field(15, gt=0, description="silence after which a heartbeat is sent")
+    engine_silence_seconds: float = Field(20, gt=0, description="silence after which the engine's health is asked")
     drain_seconds: float = Field(30, ge=0, description="time that open streams get after SIGTERM")
     closing_seconds: float = Field(10, gt=0, description="time that a client gets to take the last bytes")
 

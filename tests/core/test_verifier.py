@@ -1,8 +1,9 @@
 """The verifier accepts good logs and refuses broken ones, each for the right reason."""
 
 import copy
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ def numbered(*events: Event) -> Log:
     return [{"stream_id": "st_1", "seq": n, "ts": 1000 + n, **event} for n, event in enumerate(events, 1)]
 
 
-def event(name: str, choice: int | None = None, block: int | None = None, **fields: Any) -> Event:
+def event(name: str, choice: Any = None, block: int | None = None, /, **fields: Any) -> Event:
     place = {"choice": choice, "block": block}
     return {"type": name, **{key: value for key, value in place.items() if value is not None}, **fields}
 
 
 def start(choices: int) -> Event:
-    fields = {"schema": "1.0", "model": "tiny", "upstream": "vllm", "trace_id": None, "resumable_until": None}
+    fields: Event = {"schema": "1.0", "model": "tiny", "upstream": "vllm", "trace_id": None, "resumable_until": None}
     return event("stream.start", choices=choices, **fields)
 
 
@@ -148,7 +149,7 @@ def test_a_log_is_judged_while_it_runs() -> None:
 
 def test_unknown_types_and_fields_are_passed_over() -> None:
     log = rich_log()
-    log[7:7] = [event("moderation", 0, 1, action="later"), event("annotation", kind="source", choice="any")]
+    log[7:7] = [event("moderation", 0, 1, action="later"), event("annotation", "any", kind="source")]
     log[1]["mood"] = {"new": True}
     assert verify(renumber(log)) == []
 
@@ -169,8 +170,8 @@ def renumber(log: Log) -> Log:
     """Makes the numbers fit again, so that only the fault itself is left to find."""
     for number, one in enumerate(log, 1):
         one |= {"stream_id": "st_1", "seq": number, "ts": 1000 + number}
-    if log and log[-1]["type"] == "stream.end":
-        log[-1]["events"] = len(log)
+        if one.get("type") == "stream.end":
+            one["events"] = number
     return log
 
 
@@ -178,7 +179,7 @@ def find(log: Log, name: str, nth: int = 0) -> int:
     return [place for place, one in enumerate(log) if one["type"] == name][nth]
 
 
-def change(name: str, nth: int = 0, **fields: Any) -> Mutation:
+def change(name: str, nth: int = 0, /, **fields: Any) -> Mutation:
     return lambda log: log[find(log, name, nth)].update(copy.deepcopy(fields))
 
 
@@ -212,7 +213,7 @@ def sizes(**fields: int) -> Mutation:
 
 DELTA = event("delta.text", 0, 1, text="x")
 WARNING = event("warning", code="late", detail="late")
-TICK = usage(5, 0, final=False)
+TICK = usage(54, 34, marker=20, final=False)
 
 # What is done to which log, the guarantee that it breaks, words of the first complaint. Numbers are made to fit again.
 FAULTS: dict[str, tuple[Callable[[], Log], Mutation, str, str]] = {
@@ -221,13 +222,13 @@ FAULTS: dict[str, tuple[Callable[[], Log], Mutation, str, str]] = {
     "late-start": (rich_log, move("stream.start", "reasoning.start"), "G2", "opens the log"),
     "no-end": (rich_log, drop("stream.end"), "G2", "stops after seq 25 without stream.end"),
     "early-end": (failed_log, move("stream.end", "finish"), "G5", "comes before the finish of choice 0"),
-    "after-end": (rich_log, lambda log: log.append(dict(WARNING)), "usage", "after the final usage"),
+    "after-end": (rich_log, lambda log: log.append(dict(WARNING)), "G2", "comes after stream.end at seq 26"),
     "unknown-after-end": (rich_log, lambda log: log.append(event("news")), "G2", "after stream.end at seq 26"),
     "newer-schema": (
         rich_log,
         change("stream.start", schema="2.0"),
         "schema",
-        "of schema 2.0; this verifier knows 1.x",
+        "2.0; this verifier knows 1.x",
     ),
     "no-choices": (rich_log, change("stream.start", choices=0), "schema", "has no choices"),
     "no-role": (rich_log, drop("delta.role"), "G3", "(reasoning.start) comes before the role of choice 0"),
@@ -291,7 +292,6 @@ FAULTS: dict[str, tuple[Callable[[], Log], Mutation, str, str]] = {
     ),
     "ready-twice": (rich_log, repeat("tool_call.ready"), "tool_call", "is a second ready of 'a'"),
     "ready-missing": (rich_log, drop("tool_call.ready"), "tool_call", "is valid without a ready before it"),
-    "ready-after-end": (rich_log, move("tool_call.ready", "tool_call.end", 1, 1), "tool_call", ""),
     "ready-then-invalid": (
         rich_log,
         change("tool_call.end", valid=False, problem="none"),
@@ -321,7 +321,7 @@ FAULTS: dict[str, tuple[Callable[[], Log], Mutation, str, str]] = {
     "usage-goes-back": (rich_log, change("usage", completion_tokens=6), "usage", "counts completion_tokens 5 after 6"),
     "bytes-go-back": (rich_log, sizes(marker=3), "usage", "counts bytes.marker 3 after 4"),
     "warning-after-usage": (rich_log, move("warning", "stream.end"), "usage", "comes after the final usage at seq 24"),
-    "tick-after-usage": (rich_log, insert("stream.end", TICK), "usage", "goes back"),
+    "tick-after-usage": (rich_log, insert("stream.end", TICK), "usage", "comes after the final usage at seq 25"),
     "two-errors": (failed_log, repeat("error"), "error", "is a second error; the first was at seq 7"),
     "text-after-error": (failed_log, insert("text.end", event("delta.text", 0, 1, text="x")), "error", "only ends may"),
     "block-after-error": (failed_log, insert("finish", event("text.start", 0, 2)), "error", "only ends may"),
@@ -347,17 +347,23 @@ FAULTS: dict[str, tuple[Callable[[], Log], Mutation, str, str]] = {
         rich_log,
         change("stream.end", status="fine"),
         "schema",
-        "status is 'fine', not one of completed",
+        "status is 'fine', not one of",
     ),
     "usage-without-part": (rich_log, change("usage", bytes={"generated": 1}), "schema", "not an object of the counts"),
 }
+
+
+def count_from_two(log: Log) -> None:
+    for one in log:
+        one["seq"] += 1
+
 
 # Faults of the numbers themselves, which are therefore not made to fit.
 NUMBER_FAULTS: dict[str, tuple[Mutation, str, str]] = {
     "gap": (lambda log: log.__delitem__(4), "G1", "seq 6 follows seq 4"),
     "twice": (repeat("text.start"), "G1", "seq 8 follows seq 8"),
     "swapped": (move("usage", "delta.reasoning"), "G1", "seq 5 follows seq 3"),
-    "starts-late": (lambda log: [one.update(seq=one["seq"] + 1) for one in log] and None, "G1", "seq starts at 2"),
+    "starts-late": (count_from_two, "G1", "seq starts at 2"),
     "other-stream": (change("text.end", stream_id="st_2"), "G2", "is of stream 'st_2', the log of 'st_1'"),
     "miscounted": (change("stream.end", events=25), "G2", "counts 25 events; the log has 26"),
     "clock-goes-back": (change("text.end", ts=1000), "ts", "goes back by 11 ms"),
@@ -414,10 +420,12 @@ def test_arguments_may_be_nested_deeply() -> None:
     assert verify(log) == ["tool_call: seq 20 (tool_call.ready) has other arguments than the chunks"]
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "true"), ("1", "1.0"), ("[1]", "[1, 2]"), ("null", "false")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("1", "true"), ("1", "1.0"), ("[1]", "[1, 2]"), ("null", "false"), ('{"y": 1}', '{"z": 1}')]
+)
 def test_arguments_are_compared_as_json_does(one: str, other: str) -> None:
     log = rich_log()
-    chunk = '"x": %s}' % one
+    chunk = f'"x": {one}}}'
     log[13]["text"], log[15]["text"] = "{", chunk
     log[16]["arguments"] = {"x": json.loads(other)}
     log[17]["arguments"] = "{" + chunk
@@ -473,7 +481,7 @@ def test_a_repetition_is_found_even_where_the_numbers_were_made_to_fit(good_log:
 
 
 def test_neighbours_of_one_block_cannot_be_swapped_even_where_the_numbers_were_made_to_fit(good_log: Log) -> None:
-    for place, (one, other) in enumerate(zip(good_log, good_log[1:], strict=False)):
+    for place, (one, other) in enumerate(itertools.pairwise(good_log)):
         if "block" in one and other.get("block") == one["block"] and other["choice"] == one["choice"]:
             swapped = renumber(copy.deepcopy([*good_log[:place], other, one, *good_log[place + 2 :]]))
             assert verify(swapped), (one, other)
@@ -548,7 +556,7 @@ FRAME = b'event: warning\nid: st_1:1\ndata: {"type":"warning","stream_id":"st_1"
         (FRAME + FRAME.replace(b"id: st_1:1", b"id: st_1:2"), 7, "id: is st_1:2, but stream_id and seq are st_1:1"),
         (FRAME.replace(b"id: st_1:1\n", b""), 2, "id: is missing, but stream_id and seq are st_1:1"),
         (FRAME + FRAME.rstrip(), 7, "the last event is not ended by a blank line"),
-        (b"hello\n", 1, "holds no event"),
+        (b": ok\n\nhello\n\n", 3, "neither NDJSON nor server-sent events"),
     ],
 )
 def test_what_is_no_log_is_refused_with_its_line(data: bytes, line: int, words: str) -> None:
@@ -585,11 +593,10 @@ def test_the_broken_files_are_those_of_this_table() -> None:
     assert files == {"good": as_ndjson(rich_log())} | {name: as_ndjson(broken(fault)) for name, fault in FILES.items()}
 
 
-def files() -> Iterator[Path]:
-    yield from sorted(BROKEN_LOGS.glob("*-*.ndjson"))
+BROKEN_FILES = sorted(BROKEN_LOGS.glob("*-*.ndjson"))
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BROKEN_FILES, ids=lambda path: path.stem)
 def test_a_broken_file_is_refused_for_what_its_name_says(path: Path) -> None:
     guarantee = path.stem.partition("-")[0]
     found = verify(parse_log(path.read_bytes()))
@@ -597,4 +604,4 @@ def test_a_broken_file_is_refused_for_what_its_name_says(path: Path) -> None:
 
 
 def test_the_files_cover_every_guarantee() -> None:
-    assert {path.stem.partition("-")[0] for path in files()} == {name.lower() for name in GUARANTEES}
+    assert {path.stem.partition("-")[0] for path in BROKEN_FILES} == {name.lower() for name in GUARANTEES}

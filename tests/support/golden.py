@@ -28,7 +28,12 @@ RECORDINGS: Final = VECTORS / "vllm-0.32"
 GOLDEN: Final = VECTORS / "golden"
 STREAM_ID: Final = "st_00112233445566778899aabbccddeeff"
 BOUNDS: Final = Bounds(
-    line_bytes=1 << 20, stream_bytes=1 << 24, stream_seconds=600.0, first_byte_seconds=1.0, heartbeat_seconds=15.0
+    line_bytes=1 << 20,
+    stream_bytes=1 << 24,
+    stream_seconds=600.0,
+    first_byte_seconds=1.0,
+    heartbeat_seconds=15.0,
+    engine_silence_seconds=20.0,
 )
 
 # The engine refused these before its first token (the grammar in band, the others with an HTTP status), so that
@@ -102,15 +107,16 @@ def carry_out(case: Case) -> list[Command]:
 def client_request(case: Case) -> StreamRequest:
     """What the client had asked for, if Penstock then sent the recorded request to the engine.
 
-    vLLM without a tool parser refuses requests with tools unless their `tool_choice` is "none"; Penstock adds that
-    itself and reads the calls from the text, so the client's request came without it.
+    A vLLM without a tool parser refuses requests with tools unless their `tool_choice` is "none"; for such an
+    engine Penstock says so itself and reads the calls from the text. The client's request came without it.
     """
     body = dict(case.recording.request)
-    if body.get("tools") and body.get("tool_choice") == "none":
+    engine_parses_tools = not (body.get("tools") and body.get("tool_choice") == "none")
+    if not engine_parses_tools:
         del body["tool_choice"]
     if case.options:
         body["penstock"] = case.options
-    return read_request(orjson.dumps(body), engine_parses_tools=False)
+    return read_request(orjson.dumps(body), engine_parses_tools=engine_parses_tools)
 
 
 def _signals(recording: Recording) -> list[Signal]:

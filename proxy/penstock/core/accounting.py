@@ -15,6 +15,7 @@ from penstock.core.events import (
     ToolDelta,
     Usage,
     Withheld,
+    token_count,
     utf8_size,
 )
 
@@ -99,6 +100,10 @@ class Accounting:
     def generated_tokens(self) -> int:
         return self._generated_tokens
 
+    @property
+    def generated_bytes(self) -> int:
+        return self._sizes["generated"]
+
     def _generate(self, choice: int, tokens: int) -> None:
         if tokens:
             self._generated_tokens += tokens
@@ -110,18 +115,22 @@ class Accounting:
         if item.added:
             self._sizes["added"] += size
         self._delivered_tokens += item.tokens
-        if item.channel is Channel.REASONING:
+        if item.channel is Channel.REASONING or item.inlined:
             self._reasoning_tokens += item.tokens
         else:
             self._answer_tokens += item.tokens
 
 
+def size_of(items: list[Event]) -> int:
+    """Bytes that the model wrote and that stand in `items`, which were never sent."""
+    written = [i for i in items if isinstance(i, ToolArguments | Withheld) or (isinstance(i, Text) and not i.added)]
+    return sum(utf8_size(item.text) for item in written)
+
+
 def _count(usage: Ext, name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) else 0
+    return token_count(usage.get(name)) or 0
 
 
 def _detail(usage: Ext, group: str, name: str) -> int | None:
     details = usage.get(group)
-    value = details.get(name) if isinstance(details, dict) else None
-    return value if isinstance(value, int) else None
+    return token_count(details.get(name)) if isinstance(details, dict) else None

@@ -15,6 +15,9 @@ StreamStatus = Literal["completed", "failed", "cancelled", "incomplete"]
 WithheldKind = Literal["marker", "hidden", "stop", "moderation"]
 Ext = dict[str, Any]
 
+# JSON's safe integers end here; no engine counts so far.
+_MOST_TOKENS = 2**53
+
 
 class Channel(Enum):
     """Where a piece of text belongs. RAW has not been told apart yet; only the channel step sees it."""
@@ -305,3 +308,8 @@ ClientEvent = (
 def utf8_size(text: str) -> int:
     """Bytes of `text` in UTF-8; ASCII, the usual case, is not encoded to find out (0.05 against 0.2 us)."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def token_count(value: Any) -> int | None:
+    """A count as an engine may send it, or None where it is no number of tokens at all."""
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None

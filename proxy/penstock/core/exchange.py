@@ -1,6 +1,6 @@
 """THE JOURNEY: one request, from the engine's bytes to the client's, and its single ending.
 
-    engine bytes -> reader -> channels -> tools -> stop strings -> moderation -> accounting -> blocks
+    engine bytes -> reader -> channels -> stop strings -> tools -> moderation -> accounting -> blocks
                  -> numbered and spelled in the client's dialect -> client bytes
 
 The shell tells it signals and carries out its commands, in their order. Nothing else knows the order of the
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never, cast
 
-from penstock.core.accounting import Accounting
+from penstock.core.accounting import Accounting, size_of
 from penstock.core.blocks import Blocks
 from penstock.core.channels import Channels, ReasoningPolicy
 from penstock.core.commands import (
     AbortEngine,
+    AskEngineHealth,
     Close,
     Command,
     Ending,
@@ -44,6 +45,7 @@ from penstock.core.events import (
     StreamStatus,
     Text,
     ToolArguments,
+    ToolEnded,
     ToolStarted,
     Usage,
     Warned,
@@ -67,6 +69,8 @@ from penstock.core.stop_strings import StopStrings
 from penstock.core.tool_calls import ToolCalls
 
 _USAGE_TICK_SECONDS = 1.0
+# Unknown engine fields that wait for an event to go with; an engine with more of them is not one to remember.
+_MOST_EXT = 64
 _CARRIES_EXT = (Role, Text, ToolStarted, ToolArguments, Finished, Usage)
 
 
@@ -79,6 +83,7 @@ class Bounds:
     stream_seconds: float
     first_byte_seconds: float
     heartbeat_seconds: float
+    engine_silence_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ class Exchange:
         self._request = request
         self._setting = setting
         self._phase = _Phase.WAITING
-        self._reader = ChatReader(setting.bounds.line_bytes)
+        self._reader = ChatReader(setting.bounds.line_bytes, request.choices)
         tools = bool(request.offered_tools)
         self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
         self._tools = ToolCalls(request.offered_tools, self._new_call_id)
@@ -129,6 +134,7 @@ class Exchange:
         self._seq = 0
         self._sent = 0
         self._last_write = setting.started
+        self._last_heard = setting.started  # or asked about: the engine's health is asked once a silence
         self._last_tick = setting.started
         self._ticked_tokens = 0
         self._first_text: float | None = None
@@ -177,40 +183,37 @@ class Exchange:
 
     def _hear(self, heard: list[Event], now: float) -> list[Command]:
         """One read of the engine, taken all the way."""
+        self._last_heard = now
         items, done, failure = self._sort(heard)
-        items, engine_fault = self._travel(items)
+        items = self._travel(items)
         self._tick_usage(items, now)
         commands = self._send(items, now)
-        if failure is None and engine_fault is not None:
-            failure = _engine_fault(engine_fault)
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
         if done or self._is_answered():
             return commands + self._conclude(now, engine_is_done=done)
-        if self._sent >= self._setting.bounds.stream_bytes:
+        if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
         return commands
 
-    def _travel(self, items: list[Event]) -> tuple[list[Event], Finished | None]:
-        """Through the steps, in the one order there is. An engine's own `abort` or `error` comes out apart."""
+    def _travel(self, items: list[Event]) -> list[Event]:
+        """Through the steps, in the one order there is."""
         self._accounting.generated(items)
         items = self._channels.feed(items)
-        items = self._tools.feed(items)
         items = self._stop_strings.feed(items)
-        fault = next((i for i in items if isinstance(i, Finished) and i.cause in ("abort", "error")), None)
-        if fault is not None:
-            items.remove(fault)
+        items = self._tools.feed(items)
         items = self._moderation.feed(items)
         items = self._accounting.feed(items)
-        return self._blocks.feed(items), fault
+        return self._blocks.feed(items)
 
-    def _let_go(self) -> tuple[list[Event], list[Event]]:
-        """What the steps still hold, when no more will come: text, and the ends of calls that stay unfinished."""
-        held = self._tools.feed(self._channels.flush())
-        calls = self._tools.flush()
-        held = self._stop_strings.feed(held) + self._stop_strings.flush()
-        held = self._accounting.feed(self._moderation.feed(held))
-        return self._blocks.feed(held), self._blocks.feed(self._accounting.feed(calls))
+    def _let_go(self) -> list[Event]:
+        """What the steps still hold, when no more will come: text, and calls that stay unfinished."""
+        items, _, _ = self._sort(self._reader.close())
+        self._accounting.generated(items)
+        items = self._channels.feed(items) + self._channels.flush()
+        items = self._stop_strings.feed(items) + self._stop_strings.flush()
+        items = self._tools.feed(items) + self._tools.flush()
+        return self._moderation.feed(items)
 
     def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
         """Takes out of what was heard what concerns the whole exchange and no step."""
@@ -266,12 +269,12 @@ class Exchange:
         """Numbers each event and encodes it, once; what one read brought is one write."""
         ts = self._setting.epoch_ms + int((now - self._setting.started) * 1000)
         pieces: list[bytes] = []
-        if self._seq == 0 and items:
-            pieces.append(self._spell_start(ts))
         for item in items:
             if isinstance(item, Extra):
                 self._keep(item)
                 continue
+            if self._seq == 0:
+                pieces.append(self._spell_start(ts))
             if self._first_text is None and isinstance(item, Text | ToolStarted):
                 self._first_text = now
             self._seq += 1
@@ -288,7 +291,8 @@ class Exchange:
     def _keep(self, extra: Extra) -> None:
         ext = self._ext.setdefault(extra.choice, Ext())
         where = ext.beside if extra.choice is None else ext.delta if extra.in_delta else ext.choice
-        where.update(extra.fields)
+        if len(where) < _MOST_EXT:
+            where.update(extra.fields)
 
     def _take_ext(self, item: Event) -> Ext:
         """Engine fields for this event: those of its choice and those beside the choices; at the end, all left."""
@@ -322,11 +326,14 @@ class Exchange:
         elif self._dialect.streams and now >= self._last_write + bounds.heartbeat_seconds:
             self._last_write = now
             commands.append(SendToClient(self._dialect.heartbeat))
+        if now >= self._last_heard + bounds.engine_silence_seconds:
+            self._last_heard = now
+            commands.append(AskEngineHealth())
         return [*commands, self._next_wake()]
 
     def _next_wake(self) -> WakeAt:
         bounds, started = self._setting.bounds, self._setting.started
-        when = started + bounds.stream_seconds
+        when = min(started + bounds.stream_seconds, self._last_heard + bounds.engine_silence_seconds)
         if self._dialect.streams:
             waiting = self._phase is _Phase.WAITING
             idle = started + bounds.first_byte_seconds if waiting else self._last_write + bounds.heartbeat_seconds
@@ -337,7 +344,7 @@ class Exchange:
 
     def _engine_closed(self, signal: EngineClosed) -> list[Command]:
         items, _, _ = self._sort(self._reader.close())
-        commands = self._send(self._travel(items)[0], signal.now)
+        commands = self._send(self._travel(items), signal.now)
         problem = signal.problem
         if problem is None and self._has_finished():
             commands += self._send([Warned("missing_done", "the engine closed without its end mark")], signal.now)
@@ -348,14 +355,16 @@ class Exchange:
 
     def _refused(self, signal: EngineRefused) -> list[Command]:
         message, body = refusal_message(signal.status, signal.body)
-        retryable = signal.status in (408, 429) or signal.status >= 500
-        problem = EngineError("engine_refused", message, status=signal.status, retryable=retryable, engine_body=body)
+        status = signal.status if 400 <= signal.status < 600 else 502
+        retryable = status in (408, 429) or status >= 500
+        problem = EngineError("engine_refused", message, status=status, retryable=retryable, engine_body=body)
         return self._fail(Ending.REFUSED, problem, signal.now)
 
     def _leave(self, now: float) -> list[Command]:
         self._phase = _Phase.OVER
+        unsent = size_of(self._let_go())
         usage = self._accounting.usage(final=True, cancelled=True)
-        return [AbortEngine(), self._record(Ending.CLIENT_GONE, usage, None, now), Close()]
+        return [AbortEngine(), self._record(Ending.CLIENT_GONE, usage, None, now, unsent), Close()]
 
     def _has_finished(self) -> bool:
         return all(map(self._blocks.is_finished, range(self._request.choices)))
@@ -367,9 +376,9 @@ class Exchange:
             return self._fail(Ending.ENGINE_ERROR, problem, now)
         reasons = self._blocks.finish_reasons
         status: StreamStatus = "incomplete" if "length" in reasons else "completed"
-        held, _ = self._let_go()
+        held = self._accounting.feed(self._let_go())
         abort: list[Command] = [] if engine_is_done else [AbortEngine()]
-        return abort + self._finish(held, Ending.COMPLETED, status, None, now)
+        return abort + self._finish(self._blocks.feed(held), Ending.COMPLETED, status, None, now)
 
     def _fail(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         if self._phase is _Phase.WAITING and self._seq == 0:
@@ -380,13 +389,15 @@ class Exchange:
         """Any ending but success: what was held, the error, then every open thing is closed as incomplete."""
         if failure is not None and self._phase is _Phase.WAITING and self._seq == 0:
             return self._respond_problem(ending, _problem_of(failure), now)
-        held, calls = self._let_go()
+        held = self._blocks.feed(self._accounting.feed(self._let_go()))
+        ends = [event for event in held if isinstance(event, ToolEnded) and event.status == "incomplete"]
         reason: FinishReason = "cancelled" if failure is None else "error"
         cause = "abort" if failure is None else "error"
         unfinished = [n for n in range(self._request.choices) if not self._blocks.is_finished(n)]
         error: list[Event] = [failure] if failure else []
         finishes: list[Event] = [Finished(n, None, reason=reason, cause=cause) for n in unfinished]
-        events = held + error + calls + self._blocks.break_off() + self._blocks.feed(finishes)
+        told = [event for event in held if not (isinstance(event, ToolEnded) and event.status == "incomplete")]
+        events = told + error + ends + self._blocks.break_off() + self._blocks.feed(finishes)
         status: StreamStatus = "cancelled" if failure is None else "failed"
         return [AbortEngine(), *self._finish(events, ending, status, failure, now)]
 
@@ -411,16 +422,17 @@ class Exchange:
     def _respond_problem(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         """Nothing was sent yet, so the failure is a real HTTP status."""
         self._phase = _Phase.OVER
+        unsent = size_of(self._let_go())
         usage = self._accounting.usage(final=True)
         body = self._dialect.refusal(problem)
         return [
             AbortEngine(),
             Respond(problem.status, body, problem.headers),
-            self._record(ending, usage, problem.code, now),
+            self._record(ending, usage, problem.code, now, unsent),
             Close(),
         ]
 
-    def _record(self, ending: Ending, usage: Usage, code: str | None, now: float) -> RecordUsage:
+    def _record(self, ending: Ending, usage: Usage, code: str | None, now: float, unsent: int = 0) -> RecordUsage:
         started = self._setting.started
         return RecordUsage(
             ending=ending,
@@ -431,6 +443,7 @@ class Exchange:
             engine_id=self._begun.engine_id if self._begun else None,
             ttft_seconds=None if self._first_text is None else self._first_text - started,
             duration_seconds=now - started,
+            unsent_bytes=unsent,
         )
 
     def _byte_cap(self) -> LimitReached:
@@ -456,8 +469,3 @@ def _problem_of(failure: Failed) -> Problem:
         retryable=failure.retryable,
         engine_body=failure.engine_body,
     )
-
-
-def _engine_fault(fault: Finished) -> Failed:
-    message = f"the engine gave this request up (finish_reason {fault.raw_reason!r}) before it was finished"
-    return Failed(f"engine_{fault.cause}", message, retryable=True, origin="upstream")

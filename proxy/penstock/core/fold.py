@@ -21,7 +21,7 @@ class Fold:
                 self._begin(event)
             case "delta", "role":
                 self._choice(event)["role"] = event["role"]
-            case "delta", _:
+            case "delta", "text" | "reasoning":
                 self._delta(event)
             case "reasoning" | "text" | "tool_call", "start":
                 self._open_block(event, name)
@@ -31,13 +31,13 @@ class Fold:
                 self._block(event)["arguments"] = event["arguments"]
             case "reasoning" | "text" | "tool_call", "end":
                 self._close_block(event)
-            case "finish", _:
+            case "finish", "":
                 self._choice(event)["finish"] = _without(event, "choice")
-            case "usage", _:
+            case "usage", "":
                 self._result["usage"] = _without(event, "final")
-            case "warning", _:
+            case "warning", "":
                 self._result["warnings"].append(_without(event))
-            case "error", _:
+            case "error", "":
                 self._result["error"] = _without(event)
             case "stream", "end":
                 self._result.update(_without(event, "events", "finish_reasons"))

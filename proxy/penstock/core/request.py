@@ -12,6 +12,8 @@ import orjson
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.errors import CallerError
 
+# vLLM refuses more (VLLM_MAX_N_SEQUENCES).
+_MOST_CHOICES = 16384
 _OPTIONS = ("family", "include_stop", "reasoning", "stop")
 
 
@@ -63,9 +65,9 @@ def read_request(
     request.pop("penstock", None)
     return StreamRequest(
         model=request["model"],
-        choices=_whole_number(request.get("n"), default=1),
+        choices=_choices(request.get("n")),
         streams=wants,
-        engine_body=body if untouched else orjson.dumps(request),
+        engine_body=body if untouched else _dump(request),
         offered_tools=offered_tools,
         thinking=_thinks(request),
         reasoning=options.get("reasoning"),
@@ -73,7 +75,7 @@ def read_request(
         stop=tuple(options.get("stop", ())),
         include_stop=options.get("include_stop", False),
         wants_usage=given.get("include_usage") is True,
-        wants_running_usage=given.get("continuous_usage_stats") is True,
+        wants_running_usage=given.get("include_usage") is True and given.get("continuous_usage_stats") is True,
         max_tokens=_number(request.get("max_completion_tokens") or request.get("max_tokens"), int),
         temperature=_number(request.get("temperature"), float),
         top_p=_number(request.get("top_p"), float),
@@ -92,6 +94,13 @@ def _load(body: bytes) -> dict[str, Any]:
     if not isinstance(request.get("messages"), list):
         raise CallerError("invalid_request", "messages must be a list of chat messages", param="messages")
     return request
+
+
+def _dump(request: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(request)
+    except TypeError as error:  # orjson reads 1024 levels and writes 254
+        raise CallerError("invalid_json", f"the request body is nested too deeply: {error}") from None
 
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +146,13 @@ def _thinks(request: dict[str, Any]) -> bool:
     return template.get("enable_thinking") is not False and template.get("thinking") is not False
 
 
-def _whole_number(value: Any, default: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+def _choices(n: Any) -> int:
+    """How many choices vLLM will make of `n`, which it takes as 2, 2.0 or "2"; what it refuses counts as one."""
+    try:
+        choices = int(n) if isinstance(n, int | float | str) else 1
+    except (ValueError, OverflowError):
+        return 1
+    return choices if 1 <= choices <= _MOST_CHOICES else 1
 
 
 def _number(value: Any, kind: type[Any]) -> Any:

@@ -4,22 +4,24 @@ The request's own `stop` goes to vLLM, which looks for it in everything the mode
 included. `penstock.stop` is looked for here, in the answer alone, wherever the pieces are cut.
 """
 
-from penstock.core.events import Channel, Event, Finished, Text, Withheld
+from penstock.core.events import Channel, Event, Extra, Finished, Role, Text, ToolDelta, Withheld
 from penstock.core.markers import Markers
 
 
 class StopStrings:
-    """The step: cuts each choice at its first stop string and finishes it there.
+    """The step: cuts each choice where its first stop string is complete and finishes it there.
 
     With `include` the string itself is still delivered. Holds at most the longest string less one character.
     """
 
     def __init__(self, strings: tuple[str, ...], *, include: bool) -> None:
-        shortest = sorted(set(strings), key=len)
-        words = [word for n, word in enumerate(shortest) if not any(word.startswith(s) for s in shortest[:n])]
+        words: list[str] = []
+        for word in sorted(set(strings), key=len):
+            if not any(shorter in word[:-1] for shorter in words):  # else the shorter is always complete first
+                words.append(word)
         self._markers = Markers(words)
         self._include = include
-        self._held: dict[int, str] = {}
+        self._held: dict[int, Text] = {}
         self._stopped: set[int] = set()
 
     def feed(self, items: list[Event]) -> list[Event]:
@@ -28,13 +30,14 @@ class StopStrings:
         out: list[Event] = []
         for item in items:
             choice: int | None = getattr(item, "choice", None)
-            if choice is not None and choice in self._stopped:
+            if choice is None or isinstance(item, Extra | Role):
+                out.append(item)
+            elif choice in self._stopped:
                 self._withhold(choice, item, out)
-            elif isinstance(item, Text) and item.channel is Channel.ANSWER:
+            elif isinstance(item, Text) and _is_searched(item):
                 self._text(item, out)
             else:
-                if choice is not None:
-                    out += self._release(choice)
+                self._release(choice, out)
                 out.append(item)
         return out
 
@@ -42,36 +45,62 @@ class StopStrings:
         return choice in self._stopped
 
     def flush(self) -> list[Event]:
-        return [event for choice in list(self._held) for event in self._release(choice)]
+        out: list[Event] = []
+        for choice in list(self._held):
+            self._release(choice, out)
+        return out
 
     def _text(self, item: Text, out: list[Event]) -> None:
-        choice = item.choice
-        text = self._held.pop(choice, "") + item.text
+        if (held := self._held.pop(item.choice, None)) is not None:
+            _put_before(held, item)
+        text = item.text
         found = self._markers.pattern.search(text)
-        if found is None:
-            free = len(text) - self._markers.unfinished(text)
-            if free < len(text):
-                self._held[choice] = text[free:]
-            item.text = text[:free]
-            if item.text:
-                out.append(item)
+        if found is not None:
+            self._stop(item, found.group(), found.end() if self._include else found.start(), out)
             return
-        cut = found.end() if self._include else found.start()
-        item.text = text[:cut]
+        free = len(text) - self._markers.unfinished(text)
+        if not free:
+            self._held[item.choice] = item
+            return
+        if free < len(text):
+            self._held[item.choice] = Text(item.choice, Channel.ANSWER, text[free:])
+            item.text = text[:free]
+        out.append(item)
+
+    def _stop(self, item: Text, stop: str, cut: int, out: list[Event]) -> None:
+        finished = Finished(item.choice, "stop", stop, reason="stop", cause="stop_string")
+        text, item.text = item.text, item.text[:cut]
         if item.text:
             out.append(item)
-        out.append(Withheld(choice, "stop", text[cut:]))
-        self._stopped.add(choice)
-        out.append(Finished(choice, "stop", found.group(), reason="stop", cause="stop_string"))
+        else:
+            finished.tokens, finished.logprobs, finished.token_ids = item.tokens, item.logprobs, item.token_ids
+        if text[cut:]:
+            out.append(Withheld(item.choice, "stop", text[cut:]))
+        self._stopped.add(item.choice)
+        out.append(finished)
 
-    def _release(self, choice: int) -> list[Event]:
-        held = self._held.pop(choice, "")
-        return [Text(choice, Channel.ANSWER, held)] if held else []
+    def _release(self, choice: int, out: list[Event]) -> None:
+        if (held := self._held.pop(choice, None)) is not None:
+            out.append(held)
 
     @staticmethod
     def _withhold(choice: int, item: Event, out: list[Event]) -> None:
         """What a stopped choice still says is counted, not sent; its own end was already told."""
-        text: str = getattr(item, "text", "")
+        text: str = item.arguments if isinstance(item, ToolDelta) else getattr(item, "text", "")
         tokens: int = getattr(item, "tokens", 0)
-        if text or tokens:
+        is_added = isinstance(item, Text) and item.added
+        if (text or tokens) and not is_added:
             out.append(Withheld(choice, "stop", text, tokens))
+
+
+def _is_searched(item: Text) -> bool:
+    return item.channel is Channel.ANSWER and not (item.added or item.inlined or item.refusal)
+
+
+def _put_before(held: Text, item: Text) -> None:
+    item.text = held.text + item.text
+    item.tokens += held.tokens
+    if held.logprobs is not None:
+        item.logprobs = held.logprobs + (item.logprobs or [])
+    if held.token_ids is not None:
+        item.token_ids = held.token_ids + (item.token_ids or [])

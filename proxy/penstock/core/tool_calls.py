@@ -23,15 +23,18 @@ from penstock.core.events import (
     ToolMarkup,
     ToolReady,
     ToolStarted,
+    Warned,
     Withheld,
 )
 
 # `{"name": "x", "arguments": {` in the order that every Hermes-style template asks for.
 _HERMES_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_HERMES_TAIL = re.compile(r"\s*\}\s*\Z")
 # Past this the head is in another order and is read whole at the end marker, not searched again per token.
 _MOST_HEAD = 2048
+# What follows the arguments is kept up to here, to judge it at the end.
+_MOST_TAIL = 2048
 _LINE_BREAKS = re.compile(r"[\r\n]+")
+_BETWEEN = re.compile(r"[ \t\r\n,:]*")
 
 
 class ToolCalls:
@@ -77,15 +80,19 @@ class ToolCalls:
 
 
 class _Call:
-    __slots__ = ("call_id", "changed", "index", "name", "pieces", "started")
+    __slots__ = ("call_id", "changed", "engine_id", "index", "name", "over", "pieces", "problem", "started", "tokens")
 
-    def __init__(self, call_id: str, index: int, name: str) -> None:
+    def __init__(self, call_id: str, engine_id: str | None, index: int, name: str) -> None:
         self.call_id = call_id
+        self.engine_id = engine_id
         self.index = index
         self.name = name
         self.pieces: list[str] = []
+        self.tokens = 0  # of arguments that came before the name
+        self.problem: str | None = None
         self.started = False
         self.changed = False
+        self.over = False
 
     @property
     def arguments(self) -> str:
@@ -107,14 +114,17 @@ class _ChoiceCalls:
 
     def delta(self, item: ToolDelta, out: list[Event]) -> None:
         call = self._by_index.get(item.index)
-        if call is None or (item.call_id and item.call_id != call.call_id and call.pieces):
+        if call is None or self._is_another(call, item):
             self.end_complete(out)
             call = self._by_index[item.index] = self._new_call(item.call_id, item.name or "")
         elif not call.started:
             call.name = call.name or item.name or ""
+        call.engine_id = call.engine_id or item.call_id
         if call.name and not call.started:
             self._start(call, out)
-        if item.arguments:
+        if call.over:
+            self._come_too_late(call, item, out)
+        elif item.arguments:
             self._arguments(call, item.arguments, item.tokens, out)
         elif item.tokens:
             out.append(Withheld(self._choice, "marker", "", item.tokens))
@@ -128,7 +138,7 @@ class _ChoiceCalls:
             case "text":
                 self._read(item.text, item.tokens, out)
             case "closed" | "cut":
-                self._close_markup(whole=item.phase == "closed", out=out)
+                self._close_markup(has_end_mark=item.phase == "closed", out=out)
 
     def end_complete(self, out: list[Event]) -> None:
         """Something else begins: calls whose JSON is whole are over, the others may stay open under it."""
@@ -136,13 +146,14 @@ class _ChoiceCalls:
             if call is self._markup_call or not call.changed:
                 continue
             call.changed = False
-            if _object_problem(call.arguments) is None:
+            if call.problem is None and call.arguments.strip() and _object_problem(call.arguments) is None:
                 self._end(call, None, "complete", out)
 
     def finish(self, item: Finished, out: list[Event]) -> None:
         status: BlockStatus = "incomplete" if item.reason == "length" else "complete"
         for call in list(self._open):
-            self._end(call, None, status, out)
+            is_cut = status == "incomplete" and not call.arguments.strip()
+            self._end(call, "the answer ended before the arguments" if is_cut else None, status, out)
         if self._valid and item.reason == "stop" and item.cause != "stop_string":
             item.reason = "tool_calls"
 
@@ -150,11 +161,26 @@ class _ChoiceCalls:
         for call in list(self._open):
             self._end(call, "the stream ended before the call did", "incomplete", out)
 
-    def _new_call(self, call_id: str | None, name: str) -> _Call:
+    @staticmethod
+    def _is_another(call: _Call, item: ToolDelta) -> bool:
+        """Engines exist that give every call the same index: there a new id, or a name after the end, is a new call."""
+        if item.call_id and call.engine_id and item.call_id != call.engine_id:
+            return bool(call.pieces or (call.started and item.name))
+        return call.over and bool(item.name)
+
+    def _come_too_late(self, call: _Call, item: ToolDelta, out: list[Event]) -> None:
+        """The call was whole and the next thing had begun, so it was ended; space after its JSON is no loss."""
+        if item.arguments or item.tokens:
+            out.append(Withheld(self._choice, "marker", item.arguments, item.tokens))
+        if item.arguments.strip():
+            out.append(Warned("late_arguments", f"call {call.call_id} got more arguments after its JSON was whole"))
+
+    def _new_call(self, engine_id: str | None, name: str) -> _Call:
+        call_id = engine_id
         if not call_id or call_id in self._ids:
             call_id = self._new_id(self._choice, self._count)
         self._ids.add(call_id)
-        call = _Call(call_id, self._count, name)
+        call = _Call(call_id, engine_id, self._count, name)
         self._count += 1
         self._open.append(call)
         return call
@@ -163,13 +189,15 @@ class _ChoiceCalls:
         call.started = True
         out.append(ToolStarted(self._choice, call.call_id, call.index, call.name))
         if call.pieces:  # arguments that came before the name
-            out.append(ToolArguments(self._choice, call.call_id, call.arguments))
+            out.append(ToolArguments(self._choice, call.call_id, call.arguments, call.tokens))
 
     def _arguments(self, call: _Call, text: str, tokens: int, out: list[Event]) -> None:
         call.pieces.append(text)
         call.changed = True
         if call.started:
             out.append(ToolArguments(self._choice, call.call_id, text, tokens))
+        else:
+            call.tokens += tokens
 
     def _read(self, text: str, tokens: int, out: list[Event]) -> None:
         reader = self._reader
@@ -184,11 +212,12 @@ class _ChoiceCalls:
         if arguments and self._markup_call is not None:
             self._arguments(self._markup_call, arguments, tokens, out)
 
-    def _close_markup(self, *, whole: bool, out: list[Event]) -> None:
+    def _close_markup(self, *, has_end_mark: bool, out: list[Event]) -> None:
+        """At the end mark the call is over; without one its JSON and its choice's end decide."""
         if self._reader is None:
             return
         reader, self._reader = self._reader, None
-        markup, arguments, problem = reader.close(whole=whole)
+        markup, arguments, call_problem = reader.close()
         call, self._markup_call = self._markup_call, None
         if call is None:
             call = self._new_call(None, reader.name or "")
@@ -197,14 +226,17 @@ class _ChoiceCalls:
             out.append(Withheld(self._choice, "marker", markup))
         if arguments:
             self._arguments(call, arguments, 0, out)
-        self._end(call, problem, "complete" if whole else "incomplete", out)
+        call.problem = call_problem
+        if has_end_mark or call_problem:
+            self._end(call, None, "complete" if has_end_mark else "incomplete", out)
 
     def _end(self, call: _Call, problem: str | None, status: BlockStatus, out: list[Event]) -> None:
         if not call.started:
             self._start(call, out)
         self._open.remove(call)
+        call.over = True
         arguments = call.arguments
-        problem = problem or self._name_problem(call.name) or _object_problem(arguments)
+        problem = problem or call.problem or self._name_problem(call.name) or _object_problem(arguments)
         if problem is None:
             self._valid += 1
             one_line = _LINE_BREAKS.sub(" ", arguments.strip()) or "{}"
@@ -240,8 +272,8 @@ class _ArgumentsReader:
     def feed(self, text: str) -> tuple[str, str]:
         return "", text
 
-    def close(self, *, whole: bool) -> tuple[str, str, str | None]:
-        return "", "", None if whole else "the answer ended inside the call"
+    def close(self) -> tuple[str, str, str | None]:
+        return "", "", None
 
 
 class _HermesReader:
@@ -256,12 +288,13 @@ class _HermesReader:
 
     def feed(self, text: str) -> tuple[str, str]:
         if self._over:
-            self._tail += text
+            self._tail = (self._tail + text)[: _MOST_TAIL + 1]
             return text, ""
         if self._end is not None:
             return self._take(self._end, text)
+        is_open = len(self._head) < _MOST_HEAD
         self._head += text
-        found = _HERMES_HEAD.match(self._head) if len(self._head) <= _MOST_HEAD + len(text) else None
+        found = _HERMES_HEAD.match(self._head, 0, _MOST_HEAD) if is_open else None
         name = _json_string(found.group(1)) if found else None
         if found is None or name is None:
             return "", ""
@@ -270,28 +303,26 @@ class _HermesReader:
         markup, arguments = self._take(self._end, self._head[found.end() :])
         return found.group() + markup, arguments
 
-    def close(self, *, whole: bool) -> tuple[str, str, str | None]:
+    def close(self) -> tuple[str, str, str | None]:
         """What was still held, as markup and arguments, and what is wrong with the call, if anything."""
-        cut = None if whole else "the answer ended inside the call"
         if self._end is None:
-            return self._read_whole(cut)
-        if cut is None and not (self._over and _HERMES_TAIL.match(self._tail)):
-            cut = "the call is not one closed JSON object"
-        return "", "", cut
+            return self._read_whole()
+        is_closed = self._over and _closes_the_call(self._tail)
+        return "", "", None if is_closed else "the call is not one closed JSON object"
 
     def _take(self, end: "_ObjectEnd", text: str) -> tuple[str, str]:
         stop = end.find(text)
         if stop is None:
             return "", text
         self._over = True
-        self._tail = text[stop:]
+        self._tail = text[stop:][: _MOST_TAIL + 1]
         return text[stop:], text[:stop]
 
-    def _read_whole(self, cut: str | None) -> tuple[str, str, str | None]:
+    def _read_whole(self) -> tuple[str, str, str | None]:
         """A call in another order than the usual one, or none at all; then all of it is shown as its arguments."""
-        found = None if cut else _split_call(self._head)
+        found = _split_call(self._head)
         if found is None:
-            return "", self._head, cut or "the call is not a JSON object with a name and arguments"
+            return "", self._head, "the call is not a JSON object with a name and arguments"
         self.name, markup, arguments = found
         return markup, arguments, None
 
@@ -303,12 +334,21 @@ def _json_string(text: str) -> str | None:
         return None
 
 
+def _closes_the_call(tail: str) -> bool:
+    """Whether `tail`, right behind the arguments, ends the call's object; other keys may come before its end."""
+    try:
+        rest = orjson.loads('{"":0' + tail) if len(tail) <= _MOST_TAIL else None
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(rest, dict) and not rest.keys() & {"name", "arguments", "parameters"}
+
+
 def _split_call(text: str) -> tuple[str, str, str] | None:
     """Name, markup and raw arguments of a call whose keys come in any order, or None."""
     try:
         call = orjson.loads(text)
         spans = _value_spans(text) if isinstance(call, dict) else {}
-    except (orjson.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
@@ -319,16 +359,20 @@ def _split_call(text: str) -> tuple[str, str, str] | None:
 def _value_spans(text: str) -> dict[str, tuple[int, int]]:
     """Where each value of the (valid) JSON object `text` stands."""
     decoder, spans = json.JSONDecoder(strict=False), {}
-    position = text.index("{") + 1
-    while text[position:].lstrip()[:1] not in ("}", ""):
-        position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,"))
+    position = _skip(text, text.index("{") + 1)
+    while text[position] != "}":
         key, position = decoder.raw_decode(text, position)
-        position = text.index(":", position) + 1
-        position += len(text[position:]) - len(text[position:].lstrip())
-        _, end = decoder.raw_decode(text, position)
-        spans[key] = (position, end)
-        position = end
+        start = _skip(text, position)
+        _, end = decoder.raw_decode(text, start)
+        spans[key] = (start, end)
+        position = _skip(text, end)
     return spans
+
+
+def _skip(text: str, position: int) -> int:
+    """The next position that is neither space nor a separator of JSON."""
+    found = _BETWEEN.match(text, position)
+    return found.end() if found else position
 
 
 class _ObjectEnd:

@@ -562,11 +562,15 @@ def _read_ndjson(data: bytes) -> list[dict[str, Any]]:
 def _read_sse(data: bytes) -> list[dict[str, Any]]:
     parser = sse.Parser(limit=len(data) + 1)
     events: list[dict[str, Any]] = []
-    number = 0
+    said = 0  # the last line that is neither blank nor a comment
     for number, line in enumerate(data.splitlines(), 1):
-        events += [_read_frame(frame, number - 1) for frame in parser.feed(line + b"\n")]
+        events += [_read_frame(frame, said) for frame in parser.feed(line + b"\n")]
+        if line and not line.startswith(b":"):
+            said = number
     if parser.feed(b"\n"):
-        raise LogError(number, "the last event is not ended by a blank line; is the log cut short?")
+        raise LogError(said, "the last event is not ended by a blank line; is the log cut short?")
+    if said and not events:
+        raise LogError(said, "neither NDJSON nor server-sent events")
     return events
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import assert_never
 
 import aiohttp
 
 from penstock.core.commands import (
     AbortEngine,
+    AskEngineHealth,
     Close,
     Command,
     OpenClient,
@@ -17,7 +18,7 @@ from penstock.core.commands import (
     SendToClient,
     WakeAt,
 )
-from penstock.core.errors import LimitReached, Problem
+from penstock.core.errors import EngineError, LimitReached, Problem
 from penstock.core.exchange import Exchange
 from penstock.core.signals import (
     Broke,
@@ -154,6 +155,8 @@ class Driver:
                     self._wake_at(command.when)
                 case AbortEngine():
                     self._abort_engine()
+                case AskEngineHealth():
+                    self._in_background(self._ask_engine_health())
                 case RecordUsage():
                     self._record(command)
                 case Respond():
@@ -186,7 +189,16 @@ class Driver:
         self._timer = self._loop.call_at(when, self._tick)
 
     def _tick(self) -> None:
-        task = asyncio.create_task(self._tell_quietly(ClockTicked(self._loop.time())))
+        self._in_background(self._tell_quietly(ClockTicked(self._loop.time())))
+
+    async def _ask_engine_health(self) -> None:
+        if not await self._engine.is_healthy():
+            message = "the engine has gone silent in the middle of its answer and its health check fails"
+            problem = EngineError("engine_stalled", message, status=504)
+            await self._tell_quietly(EngineClosed(problem, self._loop.time()))
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 

@@ -190,6 +190,7 @@ class Server:
                 stream_seconds=limits.stream_seconds,
                 first_byte_seconds=timing.first_byte_seconds,
                 heartbeat_seconds=timing.heartbeat_seconds,
+                engine_silence_seconds=timing.engine_silence_seconds,
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),

@@ -171,11 +171,16 @@ class _Envelope:
             text = orjson.dumps(event.text)
             delta = self._delta[event.channel] % (seq, ts, event.choice, event.block, text)
             return b"delta." + _WORD[event.channel].encode(), delta
+        body = self.body(event, seq, ts, ext)
+        return body["type"].encode(), orjson.dumps(body)
+
+    def body(self, event: ClientEvent, seq: int, ts: int, ext: Ext) -> dict[str, Any]:
+        """The event as a dictionary for orjson: parsed arguments in it are `orjson.Fragment`s."""
         name, fields = type_and_fields(event)
         body = {"type": name, "stream_id": self._id.decode(), "seq": seq, "ts": ts, **fields}
         if ext:
             body["ext"] = ext.merged()
-        return name.encode(), orjson.dumps(body)
+        return body
 
 
 def refusal(problem: Problem) -> bytes:
@@ -242,7 +247,7 @@ class NativeFolded:
         self._status = 200
 
     def render(self, event: ClientEvent, seq: int, ts: int, ext: Ext) -> bytes:
-        self._fold.feed(orjson.loads(self._envelope.encode(event, seq, ts, ext)[1]))
+        self._fold.feed(self._envelope.body(event, seq, ts, ext))
         if isinstance(event, Failed):
             self._status = event.status
         return b""

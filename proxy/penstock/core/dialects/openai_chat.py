@@ -197,6 +197,8 @@ class ChatWhole:
     def __init__(self) -> None:
         self._answer: dict[str, Any] = {}
         self._texts: dict[tuple[int, str], list[str]] = {}
+        self._logprobs: dict[int, list[Any]] = {}
+        self._token_ids: dict[int, list[int]] = {}
         self._calls: dict[int, list[dict[str, Any]]] = {}
         self._finishes: dict[int, Finished] = {}
         self._failure: Failed | None = None
@@ -208,6 +210,7 @@ class ChatWhole:
             case Text():
                 name = "refusal" if event.refusal else event.channel.value
                 self._texts.setdefault((event.choice, name), []).append(event.text)
+                self._keep_tokens(event)
             case ToolStarted():
                 function = {"name": event.name, "arguments": ""}
                 call: dict[str, Any] = {"id": event.call_id, "type": "function", "function": function}
@@ -217,6 +220,7 @@ class ChatWhole:
                 ended["function"]["arguments"] = event.arguments
             case Finished():
                 self._finishes[event.choice] = event
+                self._keep_tokens(event)
             case Failed():
                 self._failure = event
             case _:
@@ -229,15 +233,23 @@ class ChatWhole:
             return self._failure.status, orjson.dumps(self._failure.engine_body or error)
         if any(finish.reason == "cancelled" for finish in self._finishes.values()):
             return 409, orjson.dumps(_error("cancelled", _CANCELLED, "client"))
-        for choice in self._answer.get("choices", []):
+        for choice in self._answer["choices"]:
             self._rewrite(choice)
         return 200, orjson.dumps(self._answer)
 
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
 
+    def _keep_tokens(self, event: Text | Finished) -> None:
+        self._logprobs.setdefault(event.choice, []).extend(event.logprobs or ())
+        self._token_ids.setdefault(event.choice, []).extend(event.token_ids or ())
+
     def _rewrite(self, choice: dict[str, Any]) -> None:
-        index, message = choice["index"], choice["message"]
+        index, message = choice.get("index", 0), choice["message"]
+        if choice.get("logprobs"):
+            choice["logprobs"]["content"] = self._logprobs.get(index)
+        if choice.get("token_ids") is not None:
+            choice["token_ids"] = self._token_ids.get(index)
         content = self._joined(index, "answer")
         if content != (message.get("content") or ""):
             message["content"] = content or None

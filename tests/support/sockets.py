@@ -1,0 +1,97 @@
+"""Clients below HTTP: one that does not read, one that counts, and waiting for a condition."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+DEADLINE_SECONDS = 15.0
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = DEADLINE_SECONDS) -> None:
+    """Returns once `condition` is true; raises TimeoutError if that takes longer than `seconds`."""
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = condition()
+            if answer if isinstance(answer, bool) else await answer:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def settled(value: Callable[[], int], seconds: float = 0.3, deadline: float = DEADLINE_SECONDS) -> int:
+    """`value()` once it has not changed for `seconds`."""
+    clock = asyncio.get_running_loop()
+    async with asyncio.timeout(deadline):
+        last, since = value(), clock.time()
+        while clock.time() - since < seconds:
+            await asyncio.sleep(0.01)
+            if (now := value()) != last:
+                last, since = now, clock.time()
+        return last
+
+
+@asynccontextmanager
+async def unread(url: str, path: str, body: dict[str, Any], *, receive_bytes: int = 4096) -> AsyncIterator[RawClient]:
+    """A request whose answer nobody reads yet; the kernel keeps little for it."""
+    place = urlsplit(url)
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, (place.hostname, place.port))
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    await loop.sock_sendall(sock, head.encode() + data)
+    try:
+        yield RawClient(sock)
+    finally:
+        sock.close()
+
+
+class RawClient:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    async def read_all(self) -> bytes:
+        """Everything until the other side closes, be it by a reset."""
+        pieces: list[bytes] = []
+        while data := await self._read():
+            pieces.append(data)
+        return b"".join(pieces)
+
+    async def read_until(self, end: bytes) -> bytes:
+        received = b""
+        while not received.endswith(end):
+            data = await self._read()
+            assert data, f"closed after {received[-200:]!r}"
+            received += data
+        return received
+
+    async def _read(self) -> bytes:
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+        except ConnectionResetError:
+            return b""
+
+
+def open_sockets() -> int:
+    """How many sockets this process has open."""
+    return sum(_is_socket(link) for link in Path("/proc/self/fd").iterdir())
+
+
+def _is_socket(link: Path) -> bool:
+    try:
+        return str(link.readlink()).startswith("socket:")
+    except FileNotFoundError:  # closed since it was listed
+        return False
+
+
+def has_nodelay(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
