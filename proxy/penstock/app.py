@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from aiohttp import web
@@ -22,28 +22,26 @@ _log = logging.getLogger("penstock")
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
     """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it."""
-    keyring = Keyring.load(settings.auth)
+    keyring = await asyncio.to_thread(Keyring.load, settings.auth)
     if not keyring and not settings.is_loopback:
         _log.warning(
             "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
             settings.listen.host,
         )
-    telemetry = Telemetry.from_environment()
-    engine = Engine(settings.upstreams[0], settings.timing)
-    server = Server(settings, keyring, engine, telemetry)
-    # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
-    runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    try:
+    async with AsyncExitStack() as stack:
+        telemetry = Telemetry.from_environment()
+        stack.push_async_callback(asyncio.to_thread, telemetry.close)
+        engine = Engine(settings.upstreams[0], settings.timing)
+        stack.push_async_callback(engine.close)
+        server = Server(settings, keyring, engine, telemetry)
+        # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
+        runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
         listening = _listen(settings.listen.host, settings.listen.port)
-        site = web.SockSite(runner, listening)
-        await site.start()
+        await web.SockSite(runner, listening).start()
         yield server, _url(listening)
         await server.drain()
-    finally:
-        await runner.cleanup()
-        await engine.close()
-        await asyncio.to_thread(telemetry.close)
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:

@@ -59,6 +59,10 @@ class Upstream(_Part):
     url: Url = Field(description="base URL of a vLLM server, e.g. http://vllm:8000")
     name: str = Field("", description="how events and traces call it; its host and port by default")
     api_key: SecretStr | None = Field(None, description="sent to the engine as its bearer token")
+    socket: Path | None = Field(
+        None, description="Unix socket to reach it by (vLLM's --uds); the URL's host is then a name"
+    )
+    plugin: Literal["auto", "off"] = Field("auto", description="off reads plain chunks even where the plugin is loaded")
     running_usage: bool = Field(True, description="ask for a token count with every chunk; off for engines without it")
     parses_tools: bool = Field(
         True, description="false for a vLLM without --tool-call-parser: Penstock then reads the calls from the text"
@@ -137,6 +141,7 @@ class Limits(_Part):
     request_bytes: int = Field(10 * 2**20, ge=1024, description="largest request body")
     line_bytes: int = Field(2**20, ge=1024, description="longest line or event that an engine may send")
     stream_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of one stream after which it is ended")
+    buffer_bytes: int = Field(256 * 2**10, ge=1024, description="bytes that may wait for a client that reads slowly")
     stream_seconds: float = Field(600, gt=0, description="seconds after which a stream is ended")
 
 

@@ -13,6 +13,7 @@ class Ending(Enum):
     CANCELLED = "cancelled"
     CLIENT_GONE = "client_gone"
     CAP_REACHED = "cap_reached"
+    CLIENT_TOO_SLOW = "client_too_slow"
     TIME_LIMIT = "time_limit"
     REFUSED = "refused"
     ENGINE_ERROR = "engine_error"

@@ -154,6 +154,8 @@ class ChatReader:
         choices = chunk.get("choices") or ()
         for choice in choices:
             index = choice.get("index", 0)
+            if self._is_whole and not isinstance(choice.get("message"), dict):
+                raise TypeError(f"choice {index!r} has no message")
             reader = self._choices.get(index)
             if reader is None:
                 reader = self._choices[index] = self._new_choice(index)

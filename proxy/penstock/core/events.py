@@ -188,7 +188,10 @@ class Withheld:
 
 @dataclass(slots=True)
 class Finished:
-    """One choice ended. The reader knows `raw_reason` and `stop_reason`; the rest is filled in on the way."""
+    """One choice ended. The reader knows `raw_reason` and `stop_reason`; the rest is filled in on the way.
+
+    `calls_in_text` tells that tool calls were read from the text, so that the engine's own reason ignores them.
+    """
 
     choice: int
     raw_reason: str | None
@@ -198,6 +201,7 @@ class Finished:
     token_ids: list[int] | None = None
     reason: FinishReason = "other"
     cause: str | None = None
+    calls_in_text: bool = False
 
 
 @dataclass(slots=True)

@@ -56,6 +56,7 @@ from penstock.core.request import StreamRequest
 from penstock.core.signals import (
     Broke,
     Cancelled,
+    ClientLagged,
     ClientLeft,
     ClockTicked,
     Draining,
@@ -63,9 +64,11 @@ from penstock.core.signals import (
     EngineClosed,
     EngineRefused,
     EngineSpoke,
+    EngineTagged,
     Signal,
 )
 from penstock.core.stop_strings import StopStrings
+from penstock.core.tagged_stream import TaggedReader
 from penstock.core.tool_calls import ToolCalls
 
 _USAGE_TICK_SECONDS = 1.0
@@ -80,6 +83,7 @@ class Bounds:
 
     line_bytes: int
     stream_bytes: int
+    buffer_bytes: int
     stream_seconds: float
     first_byte_seconds: float
     heartbeat_seconds: float
@@ -98,6 +102,8 @@ class Setting:
     bounds: Bounds
     started: float
     epoch_ms: int
+    tagged: TaggedReader | None = None
+    """Reads the plugin's records, where the engine sends those instead of its own chunks."""
 
 
 class _Phase(Enum):
@@ -122,6 +128,7 @@ class Exchange:
         self._setting = setting
         self._phase = _Phase.WAITING
         self._reader = ChatReader(setting.bounds.line_bytes, request.choices)
+        self._tagged = setting.tagged
         tools = bool(request.offered_tools)
         self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
         self._tools = ToolCalls(request.offered_tools, self._new_call_id)
@@ -158,6 +165,8 @@ class Exchange:
         match signal:
             case EngineSpoke():
                 return self._hear(self._reader.feed(signal.data), signal.now)
+            case EngineTagged():
+                return self._hear(self._tagged.read(signal.records) if self._tagged else [], signal.now)
             case EngineAnswered():
                 return self._hear(self._reader.read_whole(signal.body), signal.now)
             case EngineRefused():
@@ -168,6 +177,8 @@ class Exchange:
                 return self._tick(signal.now)
             case ClientLeft():
                 return self._leave(signal.now)
+            case ClientLagged():
+                return self._fail(Ending.CLIENT_TOO_SLOW, self._lag(), signal.now)
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
             case Draining():
@@ -450,6 +461,10 @@ class Exchange:
         cap = self._setting.bounds.stream_bytes
         message = f"the answer reached {cap} bytes, the limit of this deployment (limits.stream_bytes)"
         return LimitReached("stream_bytes_limit", message)
+
+    def _lag(self) -> LimitReached:
+        message = f"more than {self._setting.bounds.buffer_bytes} bytes wait for a client that does not read"
+        return LimitReached("client_too_slow", f"{message} (limits.buffer_bytes)", retryable=True)
 
     def _new_call_id(self, choice: int, index: int) -> str:
         return f"call_{self._setting.stream_id[-24:]}_{choice}_{index}"

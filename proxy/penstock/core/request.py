@@ -14,6 +14,19 @@ from penstock.core.errors import CallerError
 
 # vLLM refuses more (VLLM_MAX_N_SEQUENCES).
 _MOST_CHOICES = 16384
+_ANSWERED_BY_THE_FRONT_END = (
+    "stop",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "echo",
+    "use_beam_search",
+    "bad_words",
+    "kv_transfer_params",
+    "return_tokens_as_token_ids",
+    "continue_final_message",
+)
+
 _OPTIONS = ("family", "include_stop", "reasoning", "stop")
 
 
@@ -36,6 +49,11 @@ class StreamRequest:
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    wants_token_ids: bool
+    needs_engine_text: str | None
+    """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
 
 def read_request(
@@ -79,6 +97,10 @@ def read_request(
         max_tokens=_number(request.get("max_completion_tokens") or request.get("max_tokens"), int),
         temperature=_number(request.get("temperature"), float),
         top_p=_number(request.get("top_p"), float),
+        skip_special_tokens=request.get("skip_special_tokens") is not False,
+        spaces_between_special_tokens=request.get("spaces_between_special_tokens") is not False,
+        wants_token_ids=request.get("return_token_ids") is True,
+        needs_engine_text=_needs_engine_text(request),
     )
 
 
@@ -137,6 +159,16 @@ def _offered_tools(request: dict[str, Any]) -> frozenset[str]:
     functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
     names = [function.get("name") for function in functions if isinstance(function, dict)]
     return frozenset(name for name in names if isinstance(name, str))
+
+
+def _needs_engine_text(request: dict[str, Any]) -> str | None:
+    """The list of what falls back to plain chunks, and why, is in docs/explanation/plugin.md."""
+    for name in _ANSWERED_BY_THE_FRONT_END:
+        if request.get(name):
+            return name
+    if request.get("parallel_tool_calls") is False:
+        return "parallel_tool_calls"
+    return "tool_choice" if request.get("tool_choice") not in (None, "auto", "none") else None
 
 
 def _thinks(request: dict[str, Any]) -> bool:

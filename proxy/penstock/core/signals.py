@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from penstock.core.errors import Problem
+from penstock.core.frames import Record
 
 
 @dataclass(slots=True)
@@ -10,6 +11,14 @@ class EngineSpoke:
     """Bytes of a streamed answer."""
 
     data: bytes
+    now: float
+
+
+@dataclass(slots=True)
+class EngineTagged:
+    """What one engine step brought for this stream, as the plugin's records."""
+
+    records: list[Record]
     now: float
 
 
@@ -46,6 +55,13 @@ class ClientLeft:
 
 
 @dataclass(slots=True)
+class ClientLagged:
+    """More than the stream's cap waits for a client that does not read."""
+
+    now: float
+
+
+@dataclass(slots=True)
 class Cancelled:
     """Somebody with the right to do so cancelled the stream (`DELETE`)."""
 
@@ -75,10 +91,12 @@ class ClockTicked:
 
 Signal = (
     EngineSpoke
+    | EngineTagged
     | EngineAnswered
     | EngineRefused
     | EngineClosed
     | ClientLeft
+    | ClientLagged
     | Cancelled
     | Draining
     | Broke

@@ -111,6 +111,7 @@ class _ChoiceCalls:
         self._by_index: dict[int, _Call] = {}
         self._reader: _HermesReader | _ArgumentsReader | None = None
         self._markup_call: _Call | None = None
+        self._in_text = False
 
     def delta(self, item: ToolDelta, out: list[Event]) -> None:
         call = self._by_index.get(item.index)
@@ -132,6 +133,7 @@ class _ChoiceCalls:
     def markup(self, item: ToolMarkup, out: list[Event]) -> None:
         match item.phase:
             case "opened":
+                self._in_text = True
                 self.end_complete(out)
                 self._reader = _ArgumentsReader(item.name) if item.syntax == "arguments" else _HermesReader()
                 self._read("", 0, out)
@@ -155,7 +157,7 @@ class _ChoiceCalls:
             is_cut = status == "incomplete" and not call.arguments.strip()
             self._end(call, "the answer ended before the arguments" if is_cut else None, status, out)
         if self._valid and item.reason == "stop" and item.cause != "stop_string":
-            item.reason = "tool_calls"
+            item.reason, item.calls_in_text = "tool_calls", self._in_text
 
     def abandon(self, out: list[Event]) -> None:
         for call in list(self._open):

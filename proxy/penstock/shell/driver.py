@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import assert_never
-
-import aiohttp
 
 from penstock.core.commands import (
     AbortEngine,
@@ -18,25 +17,16 @@ from penstock.core.commands import (
     SendToClient,
     WakeAt,
 )
-from penstock.core.errors import EngineError, LimitReached, Problem
+from penstock.core.errors import EngineError
 from penstock.core.exchange import Exchange
-from penstock.core.signals import (
-    Broke,
-    ClientLeft,
-    ClockTicked,
-    EngineAnswered,
-    EngineClosed,
-    EngineRefused,
-    EngineSpoke,
-    Signal,
-)
+from penstock.core.signals import Broke, ClientLagged, ClientLeft, ClockTicked, EngineClosed, Signal
 from penstock.shell.client import ClientConnection, ClientGone
 from penstock.shell.engine import Engine
+from penstock.shell.sources import Source
 
 _log = logging.getLogger("penstock")
 
-# An engine's error page is read up to here; what it says beyond is not worth the memory.
-_MOST_ERROR_BYTES = 64 * 1024
+_Write = OpenClient | SendToClient | Respond | Close
 
 
 class Driver:
@@ -46,35 +36,43 @@ class Driver:
         self,
         exchange: Exchange,
         client: ClientConnection,
+        source: Source,
         engine: Engine,
         *,
         stream_id: str,
-        content_type: str,
         closing_seconds: float,
-        whole_bytes: int,
+        buffer_bytes: int,
         record: Callable[[RecordUsage], None],
     ) -> None:
         self._exchange = exchange
         self._client = client
+        self._source = source
         self._engine = engine
         self._stream_id = stream_id
-        self._content_type = content_type
         self._closing_seconds = closing_seconds
-        self._whole_bytes = whole_bytes
+        self._buffer_bytes = buffer_bytes
         self._record = record
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
-        self._answer: aiohttp.ClientResponse | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._telling: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        # Writes that wait for a client without room, and the bytes in them: at most `buffer_bytes` and one ending.
+        self._inbox: deque[list[_Write]] = deque()
+        self._waiting_bytes = 0
+        self._emptying = False
+        self._closed = asyncio.Event()
 
-    async def run(self, path: str, body: bytes, headers: Mapping[str, str], *, streams: bool) -> None:
+    @property
+    def is_over(self) -> bool:
+        return self._exchange.is_over
+
+    async def run(self) -> None:
         """Until the answer is over and told. If the caller leaves, this task is cancelled: the engine is aborted."""
-        self._conversation = asyncio.create_task(self._converse(path, body, headers, streams=streams))
+        self._conversation = asyncio.create_task(self._converse())
         try:
             await asyncio.wait({self._conversation})
-            if self._telling:
-                await asyncio.wait(self._telling)
+            while self._background:
+                await asyncio.wait(self._background)
         except asyncio.CancelledError:
             self._client_left()
             await asyncio.wait({self._conversation})
@@ -86,85 +84,118 @@ class Driver:
     async def tell(self, signal: Signal) -> None:
         """A signal from outside the conversation: the clock, a `DELETE`, the drain."""
         was_over = self._exchange.is_over
-        await self._obey(self._exchange.receive(signal))
+        commands = self._exchange.receive(signal)
+        if self._emptying:
+            self._keep(commands)
+            return
+        await self._obey(commands)
         if self._exchange.is_over and not was_over and self._conversation is not None:
             self._conversation.cancel()
 
-    async def _converse(self, path: str, body: bytes, headers: Mapping[str, str], *, streams: bool) -> None:
+    # -- what the source tells ---------------------------------------------------------------------
+
+    async def hear(self, signal: Signal) -> None:
+        """The hot path of plain chunks: one read, one walk through the core, one write."""
+        commands = self._exchange.receive(signal)
+        if commands and not self._sent_at_once(commands):
+            await self._obey(commands)
+
+    def hear_now(self, signal: Signal) -> None:
+        """The hot path of tagged tokens, in the task of the connection that all streams share."""
+        try:
+            commands = self._exchange.receive(signal)
+            if commands and (self._emptying or not self._sent_at_once(commands)):
+                self._keep(commands)
+        except ClientGone:
+            self._client_left()
+        except Exception:
+            self._break()
+
+    async def wait_until_closed(self) -> None:
+        await self._closed.wait()
+
+    def _sent_at_once(self, commands: list[Command]) -> bool:
+        return len(commands) == 1 and isinstance(commands[0], SendToClient) and self._client.send_now(commands[0].data)
+
+    def _keep(self, commands: list[Command]) -> None:
+        """Acts, and puts the writes behind those that wait; a client that lets more wait than its cap is cut off."""
+        writes = self._act(commands)
+        if not writes:
+            return
+        self._inbox.append(writes)
+        self._waiting_bytes += _size(writes)
+        if self._exchange.is_over:
+            # Whoever does not take the last bytes in time loses them; dropping the client ends the waiting write.
+            self._loop.call_later(self._closing_seconds, self._drop_client)
+        elif self._waiting_bytes > self._buffer_bytes:
+            self._keep(self._exchange.receive(ClientLagged(self._loop.time())))
+        if not self._emptying:
+            self._emptying = True
+            self._in_background(self._empty_inbox())
+
+    async def _empty_inbox(self) -> None:
+        try:
+            while self._inbox:
+                writes = self._inbox.popleft()
+                await self._write(writes)
+                self._waiting_bytes -= _size(writes)
+        finally:
+            self._emptying = False
+
+    # -- the conversation --------------------------------------------------------------------------
+
+    async def _converse(self) -> None:
         try:
             await self._obey(self._exchange.start())
-            await self._obey(self._exchange.receive(await self._listen(path, body, headers, streams=streams)))
+            await self._source.speak(self)
         except ClientGone:
             self._client_left()
         except asyncio.CancelledError:
             if not self._exchange.is_over:
                 raise
         except Exception:
-            _log.exception("stream %s: internal error", self._stream_id)
-            await self._obey(self._exchange.receive(Broke(self._loop.time())))
+            self._break()
 
-    async def _listen(self, path: str, body: bytes, headers: Mapping[str, str], *, streams: bool) -> Signal:
-        """Everything the engine says; returns the last thing to tell about it."""
-        try:
-            async with self._engine.post(path, body, headers) as answer:
-                self._answer = answer
-                if answer.status != 200:
-                    error = await answer.content.read(_MOST_ERROR_BYTES)
-                    return EngineRefused(answer.status, error, self._loop.time())
-                if not streams or answer.content_type == "application/json":
-                    return EngineAnswered(await self._read_whole(answer), self._loop.time())
-                await self._pass_on(answer)
-                return EngineClosed(None, self._loop.time())
-        except Problem as problem:
-            return EngineClosed(problem, self._loop.time())
-
-    async def _pass_on(self, answer: aiohttp.ClientResponse) -> None:
-        """The hot path: one read, one walk through the core, one write."""
-        receive, time = self._exchange.receive, self._loop.time
-        async for data in answer.content.iter_any():
-            commands = receive(EngineSpoke(data, time()))
-            if len(commands) == 1 and isinstance(commands[0], SendToClient):
-                await self._client.send(commands[0].data)
-            elif commands:
-                await self._obey(commands)
-            if self._exchange.is_over:
-                return
-
-    async def _read_whole(self, answer: aiohttp.ClientResponse) -> bytes:
-        pieces: list[bytes] = []
-        size = 0
-        async for data in answer.content.iter_any():
-            size += len(data)
-            if size > self._whole_bytes:
-                message = f"the engine's answer is larger than {self._whole_bytes} bytes (limits.stream_bytes)"
-                raise LimitReached("stream_bytes_limit", message)
-            pieces.append(data)
-        return b"".join(pieces)
+    def _break(self) -> None:
+        _log.exception("stream %s: internal error", self._stream_id)
+        self._keep(self._exchange.receive(Broke(self._loop.time())))
 
     async def _obey(self, commands: list[Command]) -> None:
-        """What needs no waiting first, then the bytes of the whole list in one write, so that no other gets between."""
-        data, whole, closing = b"", None, False
+        await self._write(self._act(commands))
+
+    def _act(self, commands: list[Command]) -> list[_Write]:
+        """Does what needs no waiting, at once, and returns the rest: what goes to the client, in order."""
+        writes: list[_Write] = []
         for command in commands:
             match command:
-                case SendToClient():
-                    data += command.data
-                case OpenClient():
-                    await self._client.open(self._content_type)
-                    data += command.data
+                case OpenClient() | SendToClient() | Respond() | Close():
+                    writes.append(command)
                 case WakeAt():
                     self._wake_at(command.when)
                 case AbortEngine():
-                    self._abort_engine()
+                    self._source.abort()
                 case AskEngineHealth():
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():
                     self._record(command)
-                case Respond():
-                    whole = command
-                case Close():
-                    closing = True
                 case _:
                     assert_never(command)
+        return writes
+
+    async def _write(self, writes: list[_Write]) -> None:
+        """The bytes of one list are one write, so that those of no other list get between."""
+        data, whole, closing = b"", None, False
+        for write in writes:
+            match write:
+                case SendToClient():
+                    data += write.data
+                case OpenClient():
+                    await self._client.open(self._exchange.content_type)
+                    data += write.data
+                case Respond():
+                    whole = write
+                case Close():
+                    closing = True
         if closing:
             await self._close(data, whole)
         elif data:
@@ -182,6 +213,10 @@ class Driver:
                 await self._client.finish()
         except TimeoutError:
             self._client.abort()
+        finally:
+            self._closed.set()
+
+    # -- time and the rest -------------------------------------------------------------------------
 
     def _wake_at(self, when: float) -> None:
         if self._timer is not None:
@@ -189,34 +224,42 @@ class Driver:
         self._timer = self._loop.call_at(when, self._tick)
 
     def _tick(self) -> None:
-        self._in_background(self._tell_quietly(ClockTicked(self._loop.time())))
+        self._in_background(self.tell(ClockTicked(self._loop.time())))
 
     async def _ask_engine_health(self) -> None:
         if not await self._engine.is_healthy():
             message = "the engine has gone silent in the middle of its answer and its health check fails"
             problem = EngineError("engine_stalled", message, status=504)
-            await self._tell_quietly(EngineClosed(problem, self._loop.time()))
+            await self.tell(EngineClosed(problem, self._loop.time()))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        task = asyncio.create_task(self._quietly(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
-    async def _tell_quietly(self, signal: Signal) -> None:
+    async def _quietly(self, work: Coroutine[None, None, None]) -> None:
         try:
-            await self.tell(signal)
+            await work
         except ClientGone:
             self._client_left()
+        except Exception:
+            self._break()
+
+    def _drop_client(self) -> None:
+        if not self._closed.is_set():
+            self._client.abort()
 
     def _client_left(self) -> None:
+        """Nobody is there to be told; the engine is stopped and the bill is written."""
         for command in self._exchange.receive(ClientLeft(self._loop.time())):
             if isinstance(command, RecordUsage):
                 self._record(command)
-        self._abort_engine()
+        self._inbox.clear()
+        self._source.abort()
+        self._closed.set()
         if self._conversation is not None and self._conversation is not asyncio.current_task():
             self._conversation.cancel()
 
-    def _abort_engine(self) -> None:
-        """Closes the connection, which is how vLLM learns that nobody waits any more."""
-        if self._answer is not None:
-            self._answer.close()
+
+def _size(writes: list[_Write]) -> int:
+    return sum(len(write.data) for write in writes if isinstance(write, SendToClient | OpenClient))

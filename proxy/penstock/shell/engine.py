@@ -9,6 +9,7 @@ from yarl import URL
 
 from penstock.core.errors import EngineError, Problem
 from penstock.settings import Timing, Upstream
+from penstock.shell.tagged import PluginConnection
 
 # How long an answer about the engine's health is good for, and how long to wait for one.
 _HEALTH_SECONDS = 1.0
@@ -23,13 +24,20 @@ class Engine:
         self._base = URL(upstream.url)
         # No limit on connections: admission is ours, not the pool's. aiohttp sets TCP_NODELAY by itself.
         # No overall or read time-out either: a silent engine is met by heartbeats and the stream's time limit.
+        path = upstream.socket
+        connector = aiohttp.UnixConnector(str(path), limit=0) if path else aiohttp.TCPConnector(limit=0)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timing.connect_seconds),
             headers={"Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._health = (float("-inf"), False)
+        self.plugin: PluginConnection | None = None
+        self._plugin_task: asyncio.Task[None] | None = None
+        if upstream.plugin == "auto":
+            self.plugin = PluginConnection(self._session, self._base, self._authorization({}), upstream.label)
+            self._plugin_task = asyncio.create_task(self.plugin.run())
 
     @property
     def address(self) -> str:
@@ -78,6 +86,9 @@ class Engine:
         return healthy
 
     async def close(self) -> None:
+        if self._plugin_task is not None:
+            self._plugin_task.cancel()
+            await asyncio.wait({self._plugin_task})
         await self._session.close()
 
     def _authorization(self, headers: Mapping[str, str]) -> dict[str, str]:

@@ -17,11 +17,13 @@ from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import Family, choose_family
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import Cancelled, Draining
+from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
 from penstock.shell.auth import Keyring
 from penstock.shell.client import ClientConnection
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
+from penstock.shell.sources import PlainAnswer, Source, TaggedAnswer
 from penstock.shell.telemetry import StreamTrace, Telemetry
 
 _log = logging.getLogger("penstock")
@@ -29,6 +31,8 @@ _log = logging.getLogger("penstock")
 CHAT = "/v1/chat/completions"
 STREAMS = "/v1/streams"
 _RETRY_SECONDS = "1"
+# Read while importing, not while serving: reading a file blocks.
+_SCHEMA = resources.files("penstock.core").joinpath("schema-1.0.json").read_bytes()
 
 RunningUsage = Callable[[int], tuple[int, int]]
 
@@ -52,7 +56,6 @@ class Server:
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._draining = False
-        self._schema = resources.files("penstock.core").joinpath("schema-1.0.json").read_bytes()
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._errors], client_max_size=self._settings.limits.request_bytes)
@@ -117,40 +120,58 @@ class Server:
         except web.HTTPException:
             trace.refuse("request_too_large")
             raise
-        setting = self._setting(stream_id, family, request, trace)
+        headers = self._engine_headers(http, trace, request, stream_id)
+        reader, source = self._choose_source(stream_id, family, request, headers)
+        setting = self._setting(stream_id, family, request, trace, reader)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         client = ClientConnection(http, {"X-Stream-Id": stream_id, "X-Stream-Schema": native.SCHEMA_VERSION})
         driver = Driver(
             exchange,
             client,
+            source,
             self._engine,
             stream_id=stream_id,
-            content_type=exchange.content_type,
             closing_seconds=self._settings.timing.closing_seconds,
-            whole_bytes=self._settings.limits.stream_bytes,
+            buffer_bytes=self._settings.limits.buffer_bytes,
             record=lambda record: self._record(stream_id, principal, trace, record),
         )
-        await self._run(_OpenStream(principal, driver), stream_id, request, trace, http)
+        await self._run(_OpenStream(principal, driver), stream_id)
         if client.response is None:
             raise ConnectionResetError("the client left before the answer began")
         return client.response
 
-    async def _run(
-        self, stream: _OpenStream, stream_id: str, request: StreamRequest, trace: StreamTrace, http: web.Request
-    ) -> None:
+    async def _run(self, stream: _OpenStream, stream_id: str) -> None:
+        self._streams[stream_id] = stream
+        self._all_closed.clear()
+        try:
+            await stream.driver.run()
+        finally:
+            del self._streams[stream_id]
+            if not self._streams:
+                self._all_closed.set()
+
+    def _engine_headers(
+        self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str
+    ) -> dict[str, str]:
         headers = dict(trace.call_engine(request, self._engine.address, self._engine.port))
         headers["X-Request-Id"] = stream_id
         # Without keys of our own the caller's key is the engine's business, as if we were not there.
         if not self._keyring and hdrs.AUTHORIZATION in http.headers and self._engine.upstream.api_key is None:
             headers["Authorization"] = http.headers[hdrs.AUTHORIZATION]
-        self._streams[stream_id] = stream
-        self._all_closed.clear()
-        try:
-            await stream.driver.run(CHAT[1:], request.engine_body, headers, streams=request.streams)
-        finally:
-            del self._streams[stream_id]
-            if not self._streams:
-                self._all_closed.set()
+        return headers
+
+    def _choose_source(
+        self, stream_id: str, family: Family, request: StreamRequest, headers: dict[str, str]
+    ) -> tuple[TaggedReader | None, Source]:
+        """Tagged tokens where the engine offers them and the request allows, vLLM's own chunks otherwise."""
+        plugin = self._engine.plugin
+        vocabulary = plugin.vocabulary if plugin is not None else None
+        if plugin is not None and vocabulary is not None and request.streams and request.needs_engine_text is None:
+            reader = TaggedReader(request, vocabulary, f"chatcmpl-{stream_id}", plugin.model_name(request.model))
+            return reader, TaggedAnswer(plugin, request.engine_body, headers, family)
+        most = self._settings.limits.stream_bytes
+        body, streams = request.engine_body, request.streams
+        return None, PlainAnswer(self._engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
 
     def _admit(self, http: web.Request) -> str:
         principal = self._keyring.authenticate(http.headers)
@@ -176,7 +197,14 @@ class Server:
             raise CallerError("invalid_request", message, param="penstock.family")
         return family
 
-    def _setting(self, stream_id: str, family: Family, request: StreamRequest, trace: StreamTrace) -> Setting:
+    def _setting(
+        self,
+        stream_id: str,
+        family: Family,
+        request: StreamRequest,
+        trace: StreamTrace,
+        tagged: TaggedReader | None,
+    ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
             stream_id=stream_id,
@@ -187,6 +215,7 @@ class Server:
             bounds=Bounds(
                 line_bytes=limits.line_bytes,
                 stream_bytes=limits.stream_bytes,
+                buffer_bytes=limits.buffer_bytes,
                 stream_seconds=limits.stream_seconds,
                 first_byte_seconds=timing.first_byte_seconds,
                 heartbeat_seconds=timing.heartbeat_seconds,
@@ -194,6 +223,7 @@ class Server:
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
+            tagged=tagged,
         )
 
     def _record(self, stream_id: str, principal: str, trace: StreamTrace, record: RecordUsage) -> None:
@@ -230,7 +260,7 @@ class Server:
         return web.Response(status=status, body=body, content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:
-        return web.Response(body=self._schema, content_type="application/schema+json")
+        return web.Response(body=_SCHEMA, content_type="application/schema+json")
 
     async def _healthz(self, _http: web.Request) -> web.Response:
         return web.Response(text="ok\n")

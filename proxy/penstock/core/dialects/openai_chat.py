@@ -50,7 +50,7 @@ def _error(code: str, message: str, origin: str, param: str | None = None) -> di
 
 def _finish_reason(event: Finished) -> str | None:
     """The engine's word, but for calls that were found in the text, where it said `stop`."""
-    return "tool_calls" if event.reason == "tool_calls" else event.raw_reason
+    return "tool_calls" if event.calls_in_text else event.raw_reason
 
 
 class ChatStream:

@@ -1,0 +1,132 @@
+"""The two ways an engine's answer reaches an exchange: vLLM's own chunks, or the plugin's tagged tokens."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import aiohttp
+
+from penstock.core.errors import EngineError, LimitReached, Problem
+from penstock.core.families import Family
+from penstock.core.frames import Record
+from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, EngineTagged, Signal
+from penstock.shell.engine import Engine
+from penstock.shell.tagged import PluginConnection
+
+# An engine's error page is read up to here; what it says beyond is not worth the memory.
+_MOST_ERROR_BYTES = 64 * 1024
+
+
+class Ear(Protocol):
+    """What a source tells: the driver."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+    async def hear(self, signal: Signal) -> None:
+        """Takes a signal and waits until the client has room again: the source is not read meanwhile."""
+
+    def hear_now(self, signal: Signal) -> None:
+        """Takes a signal without waiting; what the client cannot take yet is kept, up to the stream's cap."""
+
+    async def wait_until_closed(self) -> None: ...
+
+
+class Source(Protocol):
+    """One answer of an engine. `speak` tells all of it; `abort` makes the engine stop, at any time, more than once."""
+
+    async def speak(self, ear: Ear) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class PlainAnswer:
+    """vLLM's own answer on its chat route, streamed or whole. A client without room pauses the reading."""
+
+    def __init__(
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str], *, streams: bool, most_bytes: int
+    ) -> None:
+        self._engine = engine
+        self._path = path
+        self._body = body
+        self._headers = headers
+        self._streams = streams
+        self._most_bytes = most_bytes
+        self._now = asyncio.get_running_loop().time
+        self._answer: aiohttp.ClientResponse | None = None
+
+    async def speak(self, ear: Ear) -> None:
+        await ear.hear(await self._listen(ear))
+
+    def abort(self) -> None:
+        """Closes the connection, which is how vLLM learns that nobody waits any more."""
+        if self._answer is not None:
+            self._answer.close()
+
+    async def _listen(self, ear: Ear) -> Signal:
+        """Everything the engine says; returns the last thing to tell about it."""
+        try:
+            async with self._engine.post(self._path, self._body, self._headers) as answer:
+                self._answer = answer
+                if answer.status != 200:
+                    error = await answer.content.read(_MOST_ERROR_BYTES)
+                    return EngineRefused(answer.status, error, self._now())
+                if not self._streams or answer.content_type == "application/json":
+                    return EngineAnswered(await self._read_whole(answer), self._now())
+                async for data in answer.content.iter_any():
+                    await ear.hear(EngineSpoke(data, self._now()))
+                    if ear.is_over:
+                        break
+                return EngineClosed(None, self._now())
+        except Problem as problem:
+            return EngineClosed(problem, self._now())
+
+    async def _read_whole(self, answer: aiohttp.ClientResponse) -> bytes:
+        pieces: list[bytes] = []
+        size = 0
+        async for data in answer.content.iter_any():
+            size += len(data)
+            if size > self._most_bytes:
+                message = f"the engine's answer is larger than {self._most_bytes} bytes (limits.stream_bytes)"
+                raise LimitReached("stream_bytes_limit", message)
+            pieces.append(data)
+        return b"".join(pieces)
+
+
+class TaggedAnswer:
+    """The plugin's records of one stream. They come with all other streams', so nothing here may wait."""
+
+    def __init__(self, connection: PluginConnection, body: bytes, headers: Mapping[str, str], family: Family) -> None:
+        self._connection = connection
+        self._body = body
+        self._headers = headers
+        self._family = family
+        self._number: int | None = None
+        self._hear: Callable[[Signal], None] | None = None
+        self._now = asyncio.get_running_loop().time
+
+    async def speak(self, ear: Ear) -> None:
+        self._hear = ear.hear_now
+        try:
+            self._number = await self._connection.open(self._body, self._headers, self._family, self)
+        except EngineError as problem:
+            await ear.hear(EngineClosed(problem, self._now()))
+            return
+        await ear.wait_until_closed()
+
+    def abort(self) -> None:
+        if self._number is not None:
+            self._connection.abort(self._number)
+
+    def records(self, records: list[Record]) -> None:
+        self._tell(EngineTagged(records, self._now()))
+
+    def refused(self, status: int, body: bytes) -> None:
+        self._tell(EngineRefused(status, body, self._now()))
+
+    def broke(self, problem: EngineError) -> None:
+        self._tell(EngineClosed(problem, self._now()))
+
+    def _tell(self, signal: Signal) -> None:
+        if self._hear is not None:
+            self._hear(signal)
