@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import statistics
@@ -239,6 +240,7 @@ class Reader(asyncio.Protocol):
 
 
 def request_bytes(contender: Contender, load: Load) -> bytes:
+    turn = secrets.token_hex(8)
     body = json.dumps(
         {
             "model": "bench",
@@ -246,7 +248,7 @@ def request_bytes(contender: Contender, load: Load) -> bytes:
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": load.tokens,
-            "penstock_bench": {"rate": load.rate, "phases": load.phases},
+            "penstock_bench": {"turn": turn, "rate": load.rate, "phases": load.phases, "streams": load.streams},
         }
     ).encode()
     head = f"POST {contender.route} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\naccept: text/event-stream\r\n"
@@ -372,12 +374,13 @@ async def _begin_steady_part(contender: Contender, load: Load, readers: list[Rea
 
 
 async def _end_steady_part(load: Load, readers: list[Reader]) -> None:
-    """After its time where the streams are paced, else when the first of them is over."""
-    timeout = load.steady_seconds if load.rate else None
-    done, _ = await asyncio.wait(
-        {reader.closed for reader in readers}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-    )
-    if done and load.rate:
+    """After its time where the streams are paced, else when all of them are over."""
+    closed = {reader.closed for reader in readers}
+    if not load.rate:
+        await asyncio.wait(closed)
+        return
+    done, _ = await asyncio.wait(closed, timeout=load.steady_seconds, return_when=asyncio.FIRST_COMPLETED)
+    if done:
         raise LostTokensError("a stream ended within the steady part")
 
 

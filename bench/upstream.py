@@ -3,9 +3,9 @@
     upstream.py PORT CHUNKS
 
 `CHUNKS` is a JSON file: `head`, `tokens` and `tail` are the stream's SSE events in order, of which only `tokens`
-are paced. A request's `max_tokens` cuts the tokens; its `penstock_bench` object says how they come: `rate` tokens
-a second (0: as fast as they are taken), the streams dealt out over `phases` evenly spaced ticks. One phase is an
-engine whose whole batch steps at once.
+are paced. A request's `max_tokens` cuts the tokens; its `penstock_bench` object names its `turn` and says how they come: `rate` tokens
+a second (0: as fast as they are taken) once `streams` of them are open, dealt out over `phases` evenly spaced ticks
+a period. One phase is an engine whose whole batch steps at once.
 """
 
 import asyncio
@@ -36,20 +36,22 @@ class Chunks:
 
 
 class Metronome:
-    """Steps all streams of one pace: each phase once a period, or without any pause."""
+    """Steps the streams of one load once all are there: each phase once a period, or without any pause."""
 
-    def __init__(self, rate: float, phases: int) -> None:
+    def __init__(self, rate: float, phases: int, streams: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._interval = 1 / (rate * phases) if rate else 0.0
         self._phases: list[list[Stream]] = [[] for _ in range(phases)]
+        self._missing = streams
         self._turn = 0
         self._due = 0.0
 
     def add(self, stream: "Stream") -> None:
-        if not any(self._phases):
+        min(self._phases, key=len).append(stream)
+        self._missing -= 1
+        if not self._missing:
             self._due = self._loop.time()
             self._loop.call_soon(self._step)
-        min(self._phases, key=len).append(stream)
 
     def remove(self, stream: "Stream") -> None:
         for phase in self._phases:
@@ -99,7 +101,7 @@ class Stream:
 class Connection(asyncio.Protocol):
     """Reads requests one after another and answers each with a stream."""
 
-    def __init__(self, chunks: Chunks, metronomes: dict[tuple[float, int], Metronome]) -> None:
+    def __init__(self, chunks: Chunks, metronomes: dict[str, Metronome]) -> None:
         self._chunks = chunks
         self._metronomes = metronomes
         self._received = b""
@@ -123,11 +125,11 @@ class Connection(asyncio.Protocol):
             self._transport.write(_HEALTHY)
 
     def _answer(self, request: dict[str, Any]) -> None:
-        wish = request["penstock_bench"]
-        pace = float(wish["rate"]), int(wish["phases"])
-        if pace not in self._metronomes:
-            self._metronomes[pace] = Metronome(*pace)
-        self._stream = Stream(self._transport, self._chunks, int(request["max_tokens"]), self._metronomes[pace])
+        load = request["penstock_bench"]
+        metronome = self._metronomes.get(load["turn"])
+        if metronome is None:
+            metronome = self._metronomes[load["turn"]] = Metronome(load["rate"], load["phases"], load["streams"])
+        self._stream = Stream(self._transport, self._chunks, request["max_tokens"], metronome)
 
     def pause_writing(self) -> None:
         if self._stream is not None:
@@ -143,7 +145,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(port: int, chunks: Chunks) -> None:
-    metronomes: dict[tuple[float, int], Metronome] = {}
+    metronomes: dict[str, Metronome] = {}
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(chunks, metronomes), "127.0.0.1", port, backlog=1024)
     await server.serve_forever()

@@ -38,6 +38,8 @@ class Blocks:
             match item:
                 case Text():
                     self._choice(item.choice).text(item, out)
+                case Role() if item.choice in self._reasons:
+                    continue  # our own stop string finished this choice before the engine named its role
                 case Role():
                     self._choice(item.choice).speak(item, out)
                 case ToolStarted():

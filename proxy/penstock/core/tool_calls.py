@@ -122,6 +122,7 @@ class _ChoiceCalls:
             call.name = call.name or item.name or ""
         call.engine_id = call.engine_id or item.call_id
         if call.name and not call.started:
+            self.end_complete(out)
             self._start(call, out)
         if call.over:
             self._come_too_late(call, item, out)
@@ -261,7 +262,7 @@ def _object_problem(arguments: str) -> str | None:
     try:
         value = orjson.loads(arguments)
     except orjson.JSONDecodeError as error:
-        return f"the arguments are not JSON: {error}"
+        return f"the arguments are not JSON (at character {error.pos})"
     return None if isinstance(value, dict) else "the arguments are not a JSON object"
 
 
