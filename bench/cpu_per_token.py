@@ -124,13 +124,22 @@ class Load:
     steady_seconds: float
 
 
+@dataclass(frozen=True)
+class Upstream:
+    pid: int
+    port: int
+
+
 # -- who passes it on ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Contender:
+    """One way through one proxy, whose process is `pid`."""
+
     name: str
     pid: int
+    upstream_pid: int
     port: int
     route: str
     is_raw: bool
@@ -179,36 +188,38 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int) -> None
     raise StartError(f"{process.args!r} did not listen on port {port} within {START_SECONDS:g} s")
 
 
-def nginx(stack: ExitStack, directory: Path, upstream: int) -> list[Contender]:
+def nginx(stack: ExitStack, directory: Path, upstream: Upstream) -> list[Contender]:
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if program is None:
         raise SystemExit(NO_NGINX)
     port = free_port()
     config = directory / "nginx.conf"
-    config.write_text(NGINX_CONFIG.format(directory=directory, upstream=upstream, port=port))
+    config.write_text(NGINX_CONFIG.format(directory=directory, upstream=upstream.port, port=port))
     process = stack.enter_context(running([program, "-p", directory, "-c", config], port))
-    return [Contender("nginx, bytes only", process.pid, port, CHAT, is_raw=True)]
+    return [Contender("nginx, bytes only", process.pid, upstream.pid, port, CHAT, is_raw=True)]
 
 
-def byte_proxy(stack: ExitStack, upstream: int) -> list[Contender]:
+def byte_proxy(stack: ExitStack, upstream: Upstream) -> list[Contender]:
     port = free_port()
-    command: list[str | Path] = [sys.executable, HERE / "byte_proxy.py", str(port), f"http://127.0.0.1:{upstream}"]
+    command: list[str | Path] = [sys.executable, HERE / "byte_proxy.py", str(port), f"http://127.0.0.1:{upstream.port}"]
     process = stack.enter_context(running(command, port))
-    return [Contender("aiohttp, bytes only", process.pid, port, CHAT, is_raw=True)]
+    return [Contender("aiohttp, bytes only", process.pid, upstream.pid, port, CHAT, is_raw=True)]
 
 
-def penstock(stack: ExitStack, upstream: int, name: str = "penstock", source: Path | None = None) -> list[Contender]:
+def penstock(
+    stack: ExitStack, upstream: Upstream, name: str = "penstock", source: Path | None = None
+) -> list[Contender]:
     """Two contenders, one process. `source` is the `proxy` directory of another checkout."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "PENSTOCK_"))}
     if source is not None:
         environment["PYTHONPATH"] = str(source.resolve(strict=True))
     command: list[str | Path] = [sys.executable, "-m", "penstock", "serve", "--port", str(port)]
-    command += ["--upstream", f"http://127.0.0.1:{upstream}"]
+    command += ["--upstream", f"http://127.0.0.1:{upstream.port}"]
     process = stack.enter_context(running(command, port, environment))
     return [
-        Contender(f"{name}, chat completions", process.pid, port, CHAT, is_raw=False),
-        Contender(f"{name}, /v1/streams", process.pid, port, STREAMS, is_raw=False),
+        Contender(f"{name}, chat completions", process.pid, upstream.pid, port, CHAT, is_raw=False),
+        Contender(f"{name}, /v1/streams", process.pid, upstream.pid, port, STREAMS, is_raw=False),
     ]
 
 
@@ -316,11 +327,15 @@ def _text_of(event: bytes) -> str:
 
 @dataclass(frozen=True)
 class Turn:
-    """The steady part: CPU of the proxy's process, tokens that its clients got, wall time."""
+    """The steady part: CPU of the proxy's process, tokens that its clients got, wall time.
+
+    `others` is how many cores were busy with what is no part of this bench: noise, when it is not near 0.
+    """
 
     cpu_seconds: float
     tokens: int
     seconds: float
+    others: float
 
     @property
     def microseconds(self) -> float:
@@ -334,6 +349,31 @@ def process_cpu_seconds(pid: int) -> float:
     ticks of 10 ms. The number of that clock is made as `clock_getcpuclockid(3)` makes it.
     """
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def busy_seconds() -> float:
+    """What all cores together have worked since the machine started, time stolen by its host included."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, _first_line("/proc/stat").split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _first_line(path: str) -> str:
+    with Path(path).open() as file:
+        return file.readline()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    time: float
+    cpu_seconds: float
+    others: float
+    sizes: list[int]
+
+    @classmethod
+    def now(cls, contender: Contender, readers: list[Reader]) -> "_Mark":
+        cpu_seconds = process_cpu_seconds(contender.pid)
+        ours = cpu_seconds + process_cpu_seconds(contender.upstream_pid) + time.process_time()
+        return cls(time.monotonic(), cpu_seconds, busy_seconds() - ours, [reader.size for reader in readers])
 
 
 async def take_turn(contender: Contender, load: Load, script: Script) -> Turn:
@@ -352,18 +392,8 @@ async def take_turn(contender: Contender, load: Load, script: Script) -> Turn:
         tokens = _count_tokens(contender, load, script, readers, before, after)
     except (TimeoutError, ValueError, LostTokensError) as error:
         raise SystemExit(f"{contender.name}, {load.name}: {error!r}") from error
-    return Turn(after.cpu_seconds - before.cpu_seconds, tokens, after.time - before.time)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    time: float
-    cpu_seconds: float
-    sizes: list[int]
-
-    @classmethod
-    def now(cls, contender: Contender, readers: list[Reader]) -> "_Mark":
-        return cls(time.monotonic(), process_cpu_seconds(contender.pid), [reader.size for reader in readers])
+    seconds = after.time - before.time
+    return Turn(after.cpu_seconds - before.cpu_seconds, tokens, seconds, (after.others - before.others) / seconds)
 
 
 async def _begin_steady_part(contender: Contender, load: Load, readers: list[Reader]) -> _Mark:
@@ -421,6 +451,7 @@ async def measure(contenders: list[Contender], loads: list[Load], rounds: int, s
             microseconds_per_token=round(turn.microseconds, 2),
             tokens=turn.tokens,
             tokens_per_second=round(turn.tokens / turn.seconds),
+            cores_busy_otherwise=round(turn.others, 2),
         )
     return figures
 
@@ -448,12 +479,13 @@ def report(figures: Figures, loads: list[Load], contenders: list[Contender]) -> 
 def _print_table(load: Load, figures: dict[str, list[Turn]]) -> None:
     of_nginx, of_bytes = list(figures.values())[:2]
     print(f"\n{load.name}: CPU microseconds per token, {len(of_nginx)} turns each")
-    print(f"{'':34}{'median':>8}{'min':>8}{'max':>8}{'x nginx':>9}{'x aiohttp':>11}{'tokens/s':>10}")
+    print(f"{'':34}{'median':>8}{'min':>8}{'max':>8}{'x nginx':>9}{'x aiohttp':>11}{'tokens/s':>10}{'noise':>7}")
     for name, turns in figures.items():
         costs = [turn.microseconds for turn in turns]
         speed = statistics.median(turn.tokens / turn.seconds for turn in turns)
+        noise = statistics.median(turn.others for turn in turns)
         row = f"{name:34}{statistics.median(costs):8.1f}{min(costs):8.1f}{max(costs):8.1f}"
-        print(f"{row}{_ratio(turns, of_nginx):9.2f}{_ratio(turns, of_bytes):11.2f}{speed:10.0f}")
+        print(f"{row}{_ratio(turns, of_nginx):9.2f}{_ratio(turns, of_bytes):11.2f}{speed:10.0f}{noise:7.2f}")
 
 
 def _ratio(turns: list[Turn], others: list[Turn]) -> float:
@@ -503,8 +535,9 @@ def main() -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         chunks = directory / "chunks.json"
         chunks.write_text(json.dumps(script.chunks()))
-        upstream = free_port()
-        stack.enter_context(running([sys.executable, HERE / "upstream.py", str(upstream), chunks], upstream))
+        port = free_port()
+        process = stack.enter_context(running([sys.executable, HERE / "upstream.py", str(port), chunks], port))
+        upstream = Upstream(process.pid, port)
         contenders = [*nginx(stack, directory, upstream), *byte_proxy(stack, upstream), *penstock(stack, upstream)]
         for other in arguments.beside:
             name, _, source = other.partition("=")

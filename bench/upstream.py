@@ -3,9 +3,9 @@
     upstream.py PORT CHUNKS
 
 `CHUNKS` is a JSON file: `head`, `tokens` and `tail` are the stream's SSE events in order, of which only `tokens`
-are paced. A request's `max_tokens` cuts the tokens; its `penstock_bench` object names its `turn` and says how they come: `rate` tokens
-a second (0: as fast as they are taken) once `streams` of them are open, dealt out over `phases` evenly spaced ticks
-a period. One phase is an engine whose whole batch steps at once.
+are paced. A request's `max_tokens` cuts the tokens; its `penstock_bench` object says how they come. The streams of
+one `turn` begin once `streams` of them are open: `rate` tokens a second each (0: as fast as they are taken), dealt
+out over `phases` evenly spaced ticks a period. One phase is an engine whose whole batch steps at once.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ _HEAD = (
     b"transfer-encoding: chunked\r\n\r\n"
 )
 _HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+_UNKNOWN = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
 def framed(event: str) -> bytes:
@@ -122,7 +123,7 @@ class Connection(asyncio.Protocol):
         if lengths:
             self._answer(json.loads(body))
         else:
-            self._transport.write(_HEALTHY)
+            self._transport.write(_HEALTHY if head.startswith(b"GET /health ") else _UNKNOWN)
 
     def _answer(self, request: dict[str, Any]) -> None:
         load = request["penstock_bench"]

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
+
 from support.engine import Engine, running_engine
 
 settings.register_profile(

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from blockbuster import BlockBuster
+
 from support.engine import Engine
 from support.http_client import Caller, calling
 from support.scripts import Script

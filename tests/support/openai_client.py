@@ -31,7 +31,7 @@ class SdkError:
 
     kind: type[openai.APIError]
     status: int | None
-    body: object
+    body: Any
 
 
 async def complete(url: str, flavour: Flavour, request: Json) -> Json:
@@ -39,7 +39,8 @@ async def complete(url: str, flavour: Flavour, request: Json) -> Json:
     if flavour == "sync":
         return await asyncio.to_thread(_complete, url, request)
     async with _async_client(url) as client:
-        return comparable(await client.chat.completions.create(**request))
+        answer: Json = comparable(await client.chat.completions.create(**request))
+        return answer
 
 
 async def stream(url: str, flavour: Flavour, request: Json) -> Json:
@@ -56,7 +57,8 @@ async def final_completion(url: str, flavour: Flavour, request: Json) -> Json:
     if flavour == "sync":
         return await asyncio.to_thread(_final_completion, url, request)
     async with _async_client(url) as client, client.chat.completions.stream(**request) as events:
-        return comparable(await events.get_final_completion())
+        answer: Json = comparable(await events.get_final_completion())
+        return answer
 
 
 async def failure(ask: Callable[[str, Flavour, Json], Any], url: str, flavour: Flavour, request: Json) -> SdkError:

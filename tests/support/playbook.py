@@ -38,7 +38,6 @@ GENEROUS = Bounds(
     line_bytes=1 << 20,
     stream_bytes=1 << 24,
     buffer_bytes=1 << 20,
-    buffer_bytes=1 << 18,
     stream_seconds=600.0,
     first_byte_seconds=1.0,
     heartbeat_seconds=15.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -93,5 +94,25 @@ def _is_socket(link: Path) -> bool:
         return False
 
 
-def has_nodelay(sock: socket.socket) -> bool:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+def connections(*, local_port: int | None = None, peer_port: int | None = None) -> list[socket.socket]:
+    """Duplicates of this process's TCP connections with that port on that end; the caller closes them."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        if not _is_socket(link):
+            continue
+        connection = socket.socket(fileno=os.dup(int(link.name)))
+        if _has_ports(connection, local_port, peer_port):
+            found.append(connection)
+        else:
+            connection.close()
+    return found
+
+
+def _has_ports(connection: socket.socket, local_port: int | None, peer_port: int | None) -> bool:
+    if connection.family != socket.AF_INET or connection.type != socket.SOCK_STREAM:
+        return False
+    try:
+        peer = connection.getpeername()
+    except OSError:  # listening, or gone
+        return False
+    return local_port in (None, connection.getsockname()[1]) and peer_port in (None, peer[1])

@@ -309,7 +309,8 @@ class Exchange:
         """Engine fields for this event: those of its choice and those beside the choices; at the end, all left."""
         ext = Ext()
         last = isinstance(item, StreamEnded)
-        if not last and not isinstance(item, _CARRIES_EXT):
+        is_tick = isinstance(item, Usage) and not item.final  # foreign dialects have no word for it
+        if is_tick or not (last or isinstance(item, _CARRIES_EXT)):
             return ext
         for choice in list(self._ext):
             if last or choice is None or choice == getattr(item, "choice", None):

@@ -4,9 +4,9 @@ The text is decoded here and walks through the same steps as vLLM's own chunks, 
 events. Markers that vLLM would have cut out of the text as special tokens are written out for the channel step.
 """
 
-import orjson
-
+from penstock.core.characters import WholeCharacters
 from penstock.core.detokenize import Detokenizer, Vocabulary
+from penstock.core.engine_stream import refusal_message
 from penstock.core.events import (
     Channel,
     EngineDone,
@@ -28,7 +28,10 @@ _ENDED_BY_TOKEN = ("eos", "stop_token")
 
 
 class TaggedReader:
-    """Reads the records of one stream, in order. After a `Failed` or `EngineDone` it says no more."""
+    """Reads the records of one stream, in order. After a `Failed` or `EngineDone` it says no more.
+
+    A choice's last tokens and its finish must come in one `read`: only the finish tells that the last id is no text.
+    """
 
     def __init__(self, request: StreamRequest, vocabulary: Vocabulary, engine_id: str, model: str) -> None:
         self._request = request
@@ -36,12 +39,15 @@ class TaggedReader:
         self._engine_id = engine_id
         self._model = model
         self._begin: Begin | None = None
-        self._choices: dict[int, Detokenizer] = {}
+        self._choices: list[_Choice] = []
         self._completion_tokens = 0
+        self._over = False
 
     def read(self, records: list[Record]) -> list[Event]:
         out: list[Event] = []
         for position, record in enumerate(records):
+            if self._over:
+                break
             match record:
                 case Tokens():
                     following = records[position + 1] if position + 1 < len(records) else None
@@ -51,50 +57,78 @@ class TaggedReader:
                 case Begin():
                     self._open(record, out)
                 case End():
-                    out += [EngineUsage(self._usage(), final=True), EngineDone()]
+                    self._over = True
+                    out += [*self._flush(), EngineUsage(self._usage(), final=True), EngineDone()]
                 case EngineFailed():
-                    out.append(_failure(record))
+                    self._fail(_failure(record), out)
                 case Lost():
                     message = "the sidecar did not keep up with the engine, which dropped this stream"
-                    out.append(Failed("engine_outbox_full", message, retryable=True, origin="upstream", status=503))
+                    self._fail(Failed("engine_outbox_full", message, True, "upstream", status=503), out)
         return out
 
+    def close(self) -> list[Event]:
+        """The stream broke off. What it had not finished is for the exchange to judge."""
+        if self._over:
+            return []
+        self._over = True
+        return self._flush()
+
     def _open(self, begin: Begin, out: list[Event]) -> None:
+        if self._begin is not None:
+            self._fail(_malformed("began twice"), out)
+            return
         self._begin = begin
         out.append(EngineOpened(self._engine_id, self._model, None))
         out.append(EngineUsage(self._usage(), final=False))
+        for choice in range(self._request.choices):
+            self._choices.append(_Choice(self._request, self._vocabulary, begin.prompt_end))
+            out.append(Role(choice, "assistant"))
 
     def _tokens(self, record: Tokens, following: Record | None, out: list[Event]) -> None:
-        detokenizer = self._choices.get(record.choice)
-        if detokenizer is None:
-            detokenizer = self._choices[record.choice] = self._new_choice(record.choice, out)
-        ids = record.ids
-        self._completion_tokens += len(ids)
-        if record.tag is Tag.MARKER and _ends(record, following):
-            ids = ids[:-1]
-        text = detokenizer.feed(ids)
-        if record.tag is Tag.MARKER and not text:
-            text = "".join(self._vocabulary.special.get(number, "") for number in ids)
+        choice = self._choice(record.choice, out)
+        if choice is None:
+            return
+        self._completion_tokens += len(record.ids)
+        ids = record.ids[:-1] if _ends(record, following) else record.ids
+        text = choice.read_marker(ids) if record.tag is Tag.MARKER else choice.read(ids)
         token_ids = list(record.ids) if self._request.wants_token_ids else None
         out.append(Text(record.choice, Channel.RAW, text, len(record.ids), None, token_ids))
 
-    def _new_choice(self, choice: int, out: list[Event]) -> Detokenizer:
-        out.append(Role(choice, "assistant"))
-        return Detokenizer(
-            self._vocabulary,
-            self._begin.prompt_end if self._begin else (),
-            skip_special_tokens=self._request.skip_special_tokens,
-            spaces_between_special_tokens=self._request.spaces_between_special_tokens,
-        )
-
     def _finish(self, record: Finish, out: list[Event]) -> None:
-        reason = _REASONS.get(record.reason, "other")
-        if record.cause in ("abort", "error"):
-            message = f"the engine gave this request up (finish_reason {record.reason!r})"
-            out.append(Failed(f"engine_{record.cause}", message, retryable=True, origin="upstream"))
+        choice = self._choice(record.choice, out)
+        if choice is None:
             return
+        if text := choice.flush():
+            out.append(Text(record.choice, Channel.RAW, text))
+        choice.is_finished = True
+        if record.cause in ("abort", "error"):
+            if all(one.is_finished for one in self._choices):
+                out.append(EngineUsage(self._usage(), final=True))
+            message = f"the engine gave this request up (finish_reason {record.reason!r})"
+            self._fail(Failed(f"engine_{record.cause}", message, retryable=True, origin="upstream"), out)
+            return
+        reason = _REASONS.get(record.reason, "other")
         cause = None if record.cause == "unknown" else record.cause
         out.append(Finished(record.choice, record.reason, record.stop, reason=reason, cause=cause))
+
+    def _choice(self, number: int, out: list[Event]) -> "_Choice | None":
+        """The choice, if the contract allows it to speak now; otherwise the stream has failed."""
+        if number >= len(self._choices):
+            begun = f"spoke for choice {number} of {self._request.choices}" if self._begin else "spoke before it began"
+            self._fail(_malformed(begun), out)
+            return None
+        choice = self._choices[number]
+        if choice.is_finished:
+            self._fail(_malformed(f"went on with choice {number} after its finish"), out)
+            return None
+        return choice
+
+    def _fail(self, failure: Failed, out: list[Event]) -> None:
+        out += [*self.close(), failure]
+
+    def _flush(self) -> list[Event]:
+        texts = [(number, choice.flush()) for number, choice in enumerate(self._choices)]
+        return [Text(number, Channel.RAW, text) for number, text in texts if text]
 
     def _usage(self) -> dict[str, object]:
         prompt = self._begin.prompt_tokens if self._begin else 0
@@ -107,17 +141,46 @@ class TaggedReader:
         }
 
 
+class _Choice:
+    """The text of one choice: whole characters, of which a joiner or half a flag may wait for the next."""
+
+    def __init__(self, request: StreamRequest, vocabulary: Vocabulary, prompt_end: tuple[int, ...]) -> None:
+        self._detokenizer = Detokenizer(
+            vocabulary,
+            prompt_end,
+            skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
+        )
+        self._skipped = vocabulary.special if request.skip_special_tokens else {}
+        self._characters = WholeCharacters()
+        self.is_finished = False
+
+    def read(self, ids: tuple[int, ...]) -> str:
+        return self._characters.feed(self._detokenizer.feed(ids))
+
+    def read_marker(self, ids: tuple[int, ...]) -> str:
+        """The same with what the decoder skips written out."""
+        pieces = [self._detokenizer.feed((number,)) or self._skipped.get(number, "") for number in ids]
+        return self._characters.feed("".join(pieces))
+
+    def flush(self) -> str:
+        return self._characters.flush()
+
+
 def _ends(record: Tokens, following: Record | None) -> bool:
-    return isinstance(following, Finish) and following.choice == record.choice and following.cause in _ENDED_BY_TOKEN
+    """Whether the last of these ids is the one that ended the choice."""
+    if record.tag is not Tag.MARKER or not isinstance(following, Finish):
+        return False
+    return following.choice == record.choice and following.cause in _ENDED_BY_TOKEN
 
 
 def _failure(record: EngineFailed) -> Failed:
-    try:
-        body = orjson.loads(record.body)
-    except orjson.JSONDecodeError:
-        body = None
-    error = body.get("error") if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else None
-    if not isinstance(message, str):
-        message, body = "the engine failed on this request", None
-    return Failed("engine_error", message, record.status >= 500, "upstream", body, record.status)
+    message, body = refusal_message(record.status, record.body)
+    status = record.status if 400 <= record.status < 600 else 502
+    retryable = status in (408, 429) or status >= 500
+    return Failed("engine_error", message, retryable, "upstream", body, status)
+
+
+def _malformed(what: str) -> Failed:
+    message = f"the plugin's frames are not of the contract: this stream {what}"
+    return Failed("engine_malformed", message, retryable=True, origin="upstream")

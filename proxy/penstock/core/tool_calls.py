@@ -146,7 +146,7 @@ class _ChoiceCalls:
     def end_complete(self, out: list[Event]) -> None:
         """Something else begins: calls whose JSON is whole are over, the others may stay open under it."""
         for call in list(self._open):
-            if call is self._markup_call or not call.changed:
+            if call is self._markup_call or not call.started or not call.changed:
                 continue
             call.changed = False
             if call.problem is None and call.arguments.strip() and _object_problem(call.arguments) is None:

@@ -41,6 +41,12 @@ class Ext:
     def merged(self) -> Mapping[str, Any]:
         return {**self.beside, **self.choice, **self.delta}
 
+    def with_beside(self, more: Mapping[str, Any]) -> "Ext":
+        """The same with more fields beside the choices."""
+        other = Ext()
+        other.beside, other.choice, other.delta = {**self.beside, **more}, self.choice, self.delta
+        return other
+
     def __bool__(self) -> bool:
         return bool(self.beside or self.choice or self.delta)
 

@@ -68,6 +68,8 @@ class ChatStream:
         self._quick: tuple[bytes, bytes] = (b"", b"")
         self._indexes: dict[tuple[int, str], int] = {}
         self._over = False
+        self._unfinished = request.choices
+        self._last_finish: tuple[Finished, Ext] | None = None
 
     def render(self, event: ClientEvent, seq: int, ts: int, ext: Ext) -> bytes:
         if isinstance(event, Text) and self._is_plain(event, ext):
@@ -147,13 +149,26 @@ class ChatStream:
         if event.reason == "cancelled":
             self._over = True
             return _frame(_error("cancelled", _CANCELLED, "client"))
+        self._unfinished -= 1
+        if self._unfinished == 0 and not self._request.wants_usage:
+            self._last_finish = (event, ext)
+            return b""
+        return self._finish_chunk(event, ext)
+
+    def _finish_chunk(self, event: Finished, ext: Ext) -> bytes:
         more = {"finish_reason": _finish_reason(event), "stop_reason": event.stop_reason}
         return self._chunk(event.choice, {}, ext, event.logprobs, token_ids=event.token_ids, more=more)
 
     def _usage(self, event: Usage, ext: Ext) -> bytes:
-        if not event.final or not self._request.wants_usage or self._over:
+        """The count, if it was asked for. If not, vLLM would have put what stands beside it beside the last finish."""
+        if not event.final or self._over:
             return b""
-        return _frame({**self._head, "choices": [], "usage": usage_object(event), **ext.beside})
+        if self._request.wants_usage:
+            return _frame({**self._head, "choices": [], "usage": usage_object(event), **ext.beside})
+        if self._last_finish is None:
+            return b""
+        finish, its_ext = self._last_finish
+        return self._finish_chunk(finish, its_ext.with_beside(ext.beside))
 
     def _fail(self, event: Failed) -> bytes:
         self._over = True

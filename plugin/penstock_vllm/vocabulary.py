@@ -1,0 +1,70 @@
+"""What the plugin must know of the engine's tokenizer: which id is a marker, and which bytes an id adds."""
+
+import hashlib
+import re
+from functools import cached_property
+from typing import Any
+
+# The letters that stand for the bytes of a byte-level vocabulary that are not printable, in order (GPT-2's table).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+
+_SPACE = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenizerVocabulary:
+    """The vocabulary of a `tokenizers.Tokenizer`: the one that vLLM decodes with."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._added_texts: dict[int, bytes] = {number: token.content.encode() for number, token in added.items()}
+        self._added_ids: dict[str, int] = {token.content: number for number, token in added.items()}
+        self.special = frozenset(number for number, token in added.items() if token.special)
+
+    def added_id(self, text: str) -> int | None:
+        return self._added_ids.get(text)
+
+    def piece(self, token_id: int) -> bytes:
+        added = self._added_texts.get(token_id)
+        if added is not None:
+            return added
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return b"" if token is None else self._spelled(token)
+
+    def _spelled(self, token: str) -> bytes:
+        if self._has_space_sign:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+        if self._is_byte_level:
+            return bytes(_BYTES[letter] for letter in token if letter in _BYTES)
+        return token.encode()
+
+    @cached_property
+    def _has_space_sign(self) -> bool:
+        # A byte-level vocabulary spells this sign as three letters, so only SentencePiece's kind has it as it is.
+        return self._tokenizer.token_to_id(_SPACE) is not None
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        space = next(letter for letter, byte in _BYTES.items() if byte == 0x20)
+        return self._tokenizer.token_to_id(space) is not None
+
+
+class TokenizerText:
+    """`tokenizer.json` as the engine's own tokenizer writes it, and the digest of exactly that text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.text: str = tokenizer.to_str()
+        self.digest = "sha256:" + hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def fast_tokenizer(tokenizer: Any) -> Any:
+    """The `tokenizers.Tokenizer` inside the engine's tokenizer, or None where vLLM decodes by other means.
+
+    vLLM's own fast detokeniser reads the same attribute, so this is the very object that it decodes with.
+    """
+    inner = getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+    return inner if hasattr(inner, "to_str") and hasattr(inner, "get_added_tokens_decoder") else None
