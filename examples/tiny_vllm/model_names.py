@@ -30,6 +30,19 @@ class ChatByName:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parsed, name)
 
+    def __copy__(self) -> ChatByName:
+        """As shallow as a copy of vLLM's own handler: what is then set on it is set for both models."""
+        twin = object.__new__(ChatByName)
+        twin.__dict__.update(_parsed=copy.copy(self._parsed), _plain=copy.copy(self._plain))
+        return twin
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_parsed", "_plain"):
+            self.__dict__[name] = value
+        else:
+            setattr(self._parsed, name, value)
+            setattr(self._plain, name, value)
+
 
 def without_parsers(parsed: Any) -> Any:
     """The handler that vLLM would have built if neither parser had been asked for."""
@@ -50,7 +63,7 @@ class ParsersByName:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             state = scope["app"].state
             if not isinstance(state.openai_serving_chat, ChatByName):
                 state.openai_serving_chat = ChatByName(state.openai_serving_chat)

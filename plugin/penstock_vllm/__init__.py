@@ -1,4 +1,9 @@
-"""Penstock's plugin for vLLM. It registers no hook yet: a vLLM that has it installed serves as if it had not.
+"""Penstock's plugin for vLLM: tagged token ids, a step at a time, for the sidecar in `proxy/penstock`.
 
-The sidecar reads vLLM's plain chunks; see `proxy/penstock`. The two packages never import each other.
+The map: vLLM loads `endpoint` (its routes) and `register` (in each of its processes). `connection` is one sidecar's
+WebSocket; it opens requests through `chat` and sends what its `outbox` holds. `tap` watches vLLM's engine steps and
+tells the `streams`, which part their tokens into `channels` by `vocabulary` and write `frames`. Only `tap` and
+`chat` know vLLM's classes, and nothing here is imported by the sidecar, nor the other way round.
 """
+
+__version__ = "0.1.0"

@@ -41,12 +41,16 @@ class Vocabulary(Protocol):
         """The id of the added token that is written so, or None where the text is spelled by ordinary tokens."""
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that this id adds to the text; a special token's own name, nothing for an id that does not exist."""
+        """The bytes that this id adds to the text: a special token's own name, nothing where there is no such id."""
 
 
 # What a lookup says of an id: an ordinary one gives None, a marker's the state that it leads to, and this is for an
 # id that must be read as text.
 _AS_TEXT: Final = object()
+
+
+def _ordinary(_token_id: int) -> object:
+    return None
 
 
 class _State:
@@ -59,7 +63,7 @@ class _State:
         self.otherwise: _State | None = None
         self.headers: list[tuple[re.Pattern[str], _State]] = []
         self.spelled: dict[bytes, _State] = {}
-        self.look: Callable[[int], object] = {}.get
+        self.look: Callable[[int], object] = _ordinary
 
     @cached_property
     def pattern(self) -> re.Pattern[bytes] | None:
@@ -337,4 +341,3 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise FamilyError(f"the header pattern {pattern!r} is no regular expression: {error}") from None
-

@@ -76,14 +76,18 @@ class Stream:
         if self.has_begun:
             self.outbox.put(frames.error(self.number, status, json.dumps(body, ensure_ascii=False).encode()))
         else:
-            refusal = {"op": "refused", "stream": self.number, "status": status, "body": body}
-            self.outbox.put_text(self.number, json.dumps(refusal))
+            self.outbox.put_text(self.number, refused(self.number, status, body))
         self.abort()
 
     def abort(self) -> None:
         """The engine is told to stop; nothing more is sent."""
         self.is_over = True
         self._stop_engine()
+
+
+def refused(number: int, status: int, body: Json) -> str:
+    """The message for a request that the engine did not take."""
+    return json.dumps({"op": "refused", "stream": number, "status": status, "body": body})
 
 
 class Choice:
@@ -105,6 +109,10 @@ class Choice:
         by_token = cause in (Cause.EOS, Cause.STOP_TOKEN, Cause.GRAMMAR) and not self.stream.shows_stop_tokens
         self._put(self.tagger.finish(ids, ended_by_token=by_token))
         self.stream.finished(self.index, cause, reason, stop)
+
+    def last_tokens(self, ids: Sequence[int]) -> None:
+        """The last ids of a choice that the engine gave up."""
+        self._put(self.tagger.finish(ids, ended_by_token=False))
 
     def _put(self, runs: Sequence[Run]) -> None:
         stream = self.stream
@@ -148,6 +156,10 @@ class OpenStreams:
         self._outboxes[stream.outbox] -= 1
         if not self._outboxes[stream.outbox]:
             del self._outboxes[stream.outbox]
+
+    def fail_all(self, status: int, body: Json) -> None:
+        for stream in list(self._streams.values()):
+            stream.fail(status, body)
 
     def commit(self) -> None:
         """The end of an engine step."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from penstock_vllm.frames import Cause
-from penstock_vllm.streams import Choice, OpenStreams
+from penstock_vllm.streams import Choice, OpenStreams, Stream
 
 _log = logging.getLogger("vllm.penstock")
 
@@ -48,14 +48,15 @@ def install() -> str | None:
     try:
         from vllm.v1.engine import EngineCoreOutput
         from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-    except ImportError as error:
-        return f"this vLLM has no output processor: {error}"
-    return install_on(OutputProcessor, EngineCoreOutput, RequestState)
+
+        return install_on(OutputProcessor, EngineCoreOutput, RequestState)
+    except Exception as error:
+        return f"this vLLM's output processor is not what this plugin knows: {type(error).__name__}: {error}"
 
 
 def install_on(processor: Any, output: Any, state: Any, streams: OpenStreams = OPEN_STREAMS) -> str | None:
     """`install`, on given classes. A second time changes nothing."""
-    original = getattr(processor, "process_outputs", None)
+    original: Any = getattr(processor, "process_outputs", None)
     if getattr(original, _MARK, False):
         return None
     if problem := _misfit(original, processor, output, state):
@@ -89,7 +90,11 @@ def _tapped(original: Callable[..., Any], streams: OpenStreams) -> Callable[...,
     @functools.wraps(original)
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if streams:
-            observe(streams, self.request_states, engine_core_outputs)
+            try:
+                observe(streams, self.request_states, engine_core_outputs)
+            except Exception:
+                _log.exception("penstock: the output tap failed on an engine step; its streams end with an error")
+                streams.fail_all(500, _OUR_ERROR)
         return original(self, engine_core_outputs, *args, **kwargs)
 
     setattr(process_outputs, _MARK, True)
@@ -97,43 +102,50 @@ def _tapped(original: Callable[..., Any], streams: OpenStreams) -> Callable[...,
 
 
 def observe(streams: OpenStreams, states: Mapping[str, Any], outputs: Iterable[Any]) -> None:
-    """Tells the open streams what an engine step brought. Never raises."""
+    """Tells the open streams what an engine step brought."""
     choices = streams.choices
     for output in outputs:
         choice = choices.get(output.request_id)
-        try:
-            if choice is None:
-                choice = _joined(streams, states.get(output.request_id), output)
-                if choice is None:
-                    continue
-            if output.finish_reason is None:
-                if output.new_token_ids:
-                    choice.tokens(output.new_token_ids)
-            else:
-                _finish(choice, output)
-        except Exception:
-            _give_up(streams, states, output)
+        if choice is None:
+            # Somebody else's request, most often; or one of ours of which the engine speaks for the first time.
+            state = states.get(output.request_id)
+            stream = streams.of_request(state.external_req_id) if state is not None else None
+            if stream is not None and not stream.is_over:
+                _guarded(stream, _join, streams, stream, state, output)
+        elif output.finish_reason is None:
+            if output.new_token_ids:
+                _guarded(choice.stream, choice.tokens, output.new_token_ids)
+        else:
+            _guarded(choice.stream, _finish, choice, output)
+    streams.commit()
+
+
+def _guarded(stream: Stream, tell: Callable[..., None], *arguments: Any) -> None:
     try:
-        streams.commit()
+        tell(*arguments)
     except Exception:
-        _log.exception("penstock: the end of an engine step could not be sent")
+        _log.exception("penstock: the output tap failed on a stream, which ends with an error")
+        stream.fail(500, _OUR_ERROR)
 
 
-def _joined(streams: OpenStreams, state: Any, output: Any) -> Choice | None:
-    """The choice of ours that the engine speaks of for the first time, or None: somebody else's request."""
-    stream = streams.of_request(state.external_req_id) if state is not None else None
-    if stream is None or stream.is_over:
-        return None
-    if not stream.has_begun and not _failed(output):
+def _join(streams: OpenStreams, stream: Stream, state: Any, output: Any) -> None:
+    if not stream.has_begun:
+        if _failed(output):
+            stream.fail(500, _ENGINE_ERROR)
+            return
         stats = output.prefill_stats
         cached = stats.num_cached_tokens if stats is not None else 0
         stream.begin(state.prompt_token_ids or (), state.prompt_len, cached)
-    return streams.join(output.request_id, stream, state.request_index)
+    choice = streams.join(output.request_id, stream, state.request_index)
+    if output.finish_reason is not None:
+        _finish(choice, output)
+    elif output.new_token_ids:
+        choice.tokens(output.new_token_ids)
 
 
 def _finish(choice: Choice, output: Any) -> None:
     if _failed(output):
-        choice.tokens(output.new_token_ids)
+        choice.last_tokens(output.new_token_ids)
         choice.stream.fail(500, _ENGINE_ERROR)
         return
     reason = str(output.finish_reason)
@@ -157,12 +169,3 @@ def cause_of(reason: str, stop: int | str | None, own_stop_ids: Iterable[int] = 
 
 def _failed(output: Any) -> bool:
     return output.finish_reason is not None and str(output.finish_reason) == "error"
-
-
-def _give_up(streams: OpenStreams, states: Mapping[str, Any], output: Any) -> None:
-    _log.exception("penstock: the tap failed on a stream, which ends with an error")
-    choice = streams.choices.get(output.request_id)
-    state = states.get(output.request_id)
-    stream = choice.stream if choice else streams.of_request(state.external_req_id) if state else None
-    if stream is not None:
-        stream.fail(500, _OUR_ERROR)

@@ -1,6 +1,7 @@
 """What the plugin must know of the engine's tokenizer: which id is a marker, and which bytes an id adds."""
 
 import hashlib
+import json
 import re
 from functools import cached_property
 from typing import Any
@@ -56,9 +57,11 @@ class TokenizerVocabulary:
 class TokenizerText:
     """`tokenizer.json` as the engine's own tokenizer writes it, and the digest of exactly that text."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.text: str = tokenizer.to_str()
-        self.digest = "sha256:" + hashlib.sha256(self.text.encode()).hexdigest()
+    def __init__(self, tokenizer: Any, bos: int | None) -> None:
+        text: str = tokenizer.to_str()
+        self.digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        # Kept as it is sent: writing it anew would hold the server's loop up, and vLLM may set truncation on its own.
+        self.answer = json.dumps({"digest": self.digest, "tokenizer_json": text, "bos_token_id": bos}).encode()
 
 
 def fast_tokenizer(tokenizer: Any) -> Any:

@@ -1,6 +1,7 @@
 """The composition root: the one place where classes meet settings."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -79,9 +80,12 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
-    except OSError:
+    except OSError as error:
         listening.close()
-        raise
+        remedy = (
+            "choose another with --port" if error.errno == errno.EADDRINUSE else "check listen.host and listen.port"
+        )
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
     return listening
 
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"penstock {parsed.command}: {error}", file=sys.stderr)
         return _WRONG_USE
     except OSError as error:
-        print(f"penstock {parsed.command}: {error}", file=sys.stderr)
+        print(f"penstock {parsed.command}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     shown.set_defaults(run=_demo)
     replay = commands.add_parser("replay", help="a mock vLLM that replays recorded streams and can misbehave")
     replay.add_argument("paths", metavar="PATH", nargs="*", type=Path, help="recordings or folders of them")
-    replay.add_argument("--host", default="127.0.0.1")
-    replay.add_argument("--port", type=int, default=8000)
+    replay.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    replay.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
     replay.add_argument("--speed", type=float, default=1.0, help="2 is twice as fast, 0 as fast as possible")
     replay.add_argument("--fault", help=f"misbehave: {describe_faults()}")
     replay.set_defaults(run=_replay)

@@ -31,6 +31,9 @@ async def show(upstream: str | None) -> int:
         _, url = await stack.enter_async_context(app.running(settings))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         async with session.get(f"{url}/v1/models") as models:
+            if models.status != 200:
+                print(f"{_RED}{models.status}{_PLAIN} {await models.text()}")
+                return 1
             model = (await models.json())["data"][0]["id"]
         kind = "vLLM" if upstream else f"an embedded engine that replays {tour.engine} with its timing"
         print(f"{_DIM}{url} in front of {kind}, model {model}{_PLAIN}\n")

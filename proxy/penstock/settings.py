@@ -75,7 +75,7 @@ class Upstream(_Part):
 
 class StateSettings(_Part):
     channel: Literal["answer", "reasoning", "tool", "markup"] = Field(description="where the text of this state goes")
-    on: dict[str, str] = Field(default_factory=dict, description="marker -> next state")
+    markers: dict[str, str] = Field(default_factory=dict, description="marker -> next state")
     otherwise: str | None = Field(None, description="state entered by anything but space and a marker")
     headers: list[tuple[str, str]] = Field(default_factory=list, description="[pattern, state] pairs, first match wins")
     syntax: Literal["", "hermes", "arguments"] = Field("", description="how a tool state spells a call")
@@ -114,7 +114,8 @@ class FamilySettings(_Part):
         built_in = next((family for family in FAMILIES if family.name == name), None)
         if self.states:
             states = {
-                key: State(s.channel, s.on, s.otherwise, tuple(s.headers), s.syntax) for key, s in self.states.items()
+                key: State(s.channel, s.markers, s.otherwise, tuple(s.headers), s.syntax)
+                for key, s in self.states.items()
             }
             return Family(name, tuple(self.models), self.start, self.start, states)
         if built_in and not self.reasoning and not self.tools:

@@ -73,9 +73,7 @@ def typed_calls() -> list[tuple[str, list[str]]]:
 
 def mentioned_commands() -> set[tuple[str, str]]:
     """Commands named in sentences, without their arguments."""
-    mentions = (
-        (page, re.match(r"penstock ([a-z-]+)(?! \|)\b", code)) for page in pages() for code in inline_code(page)
-    )
+    mentions = ((page, re.match(r"penstock ([a-z][a-z-]*)", code)) for page in pages() for code in inline_code(page))
     return {(shown(page), found[1]) for page, found in mentions if found}
 
 

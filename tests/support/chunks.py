@@ -10,6 +10,7 @@ DONE = b"data: [DONE]\n\n"
 MODEL = "tiny"
 ENGINE_ID = "chatcmpl-1"
 CREATED = 1_795_228_289
+HEAD: Json = {"id": ENGINE_ID, "object": "chat.completion.chunk", "created": CREATED, "model": MODEL}
 
 
 def frame(body: Any) -> bytes:
@@ -18,9 +19,8 @@ def frame(body: Any) -> bytes:
 
 
 def chunk(*choices: Json, usage: Json | None = None, **more: Any) -> bytes:
-    head = {"id": ENGINE_ID, "object": "chat.completion.chunk", "created": CREATED, "model": MODEL}
     counted = {} if usage is None else {"usage": usage}
-    return frame({**head, "choices": list(choices), **counted, **more})
+    return frame({**HEAD, "choices": list(choices), **counted, **more})
 
 
 def spoken(delta: Json, *, choice: int = 0, tokens: int | None = None, **more: Any) -> bytes:

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+
+_MADE = ("build", "dist")  # by tools, at the root
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`[^`\n]+`")
@@ -23,11 +26,11 @@ class Block:
     text: str
 
 
-def pages() -> list[Path]:
+@cache
+def pages() -> tuple[Path, ...]:
     """Every Markdown file that belongs to the repository."""
-    hidden = {".venv", ".venv-vllm", ".engine", "node_modules", "build", "dist"}
-    found = (path for path in ROOT.rglob("*.md") if not any(part in hidden or part[0] == "." for part in _inside(path)))
-    return sorted(found)
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in _MADE]
+    return tuple(sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]))
 
 
 def shown(path: Path) -> str:
@@ -72,7 +75,3 @@ def _joined(text: str) -> Iterator[str]:
         elif command.strip():
             yield command.strip()
             command = ""
-
-
-def _inside(path: Path) -> tuple[str, ...]:
-    return path.relative_to(ROOT).parts

@@ -153,7 +153,9 @@ async def whole(response: aiohttp.ClientResponse) -> Answer:
 
 @asynccontextmanager
 async def calling(url: str, **headers: str) -> AsyncIterator[Caller]:
-    """A caller whose connections are closed at the end of the block. Nothing is decompressed on its way."""
-    timeout = aiohttp.ClientTimeout(total=PATIENCE_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False, headers=headers) as session:
+    """A caller whose connections, as many as it wants, are closed at the end. Nothing is decompressed on its way."""
+    timeout, connector = aiohttp.ClientTimeout(total=PATIENCE_SECONDS), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=connector, auto_decompress=False, headers=headers
+    ) as session:
         yield Caller(url, session)

@@ -1,7 +1,7 @@
 """The parts of the reference pages that are drawn from the code: settings, commands and model families.
 
-    cd tests && PYTHONPATH=. ../.venv/bin/python -m support.reference            # says which pages differ
-    cd tests && PYTHONPATH=. ../.venv/bin/python -m support.reference --write    # writes them
+    cd tests && python -m support.reference            # says which pages differ
+    cd tests && python -m support.reference --write    # writes them
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of NAME -->`; the rest of a page is written by hand.
 """

@@ -67,17 +67,25 @@ class RawClient:
         return b"".join(pieces)
 
     async def read_until(self, end: bytes) -> bytes:
-        received = b""
+        """Everything until what was read ends with `end`."""
+        received = bytearray()
         while not received.endswith(end):
             data = await self._read()
             assert data, f"closed after {received[-200:]!r}"
             received += data
-        return received
+        return bytes(received)
 
-    async def _read(self) -> bytes:
+    async def read_head(self) -> bytes:
+        """The answer's headers; what comes behind them stays unread, but for a part of the first kB."""
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += await self._read(1024)
+        return received.partition(b"\r\n\r\n")[0]
+
+    async def _read(self, most: int = 65536) -> bytes:
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                return await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+                return await asyncio.get_running_loop().sock_recv(self._sock, most)
         except ConnectionResetError:
             return b""
 

@@ -363,7 +363,8 @@ class Exchange:
             return commands + self._conclude(signal.now, engine_is_done=True)
         if problem is None:
             problem = EngineError("engine_incomplete", "the engine's answer ended without saying how it finished")
-        return commands + self._fail(Ending.ENGINE_GONE, problem, signal.now)
+        ending = Ending.CAP_REACHED if isinstance(problem, LimitReached) else Ending.ENGINE_GONE
+        return commands + self._fail(ending, problem, signal.now)
 
     def _refused(self, signal: EngineRefused) -> list[Command]:
         message, body = refusal_message(signal.status, signal.body)

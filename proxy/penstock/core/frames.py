@@ -98,6 +98,8 @@ def _read_record(message: bytes, position: int) -> tuple[Record, int]:
     match kind:
         case 2:
             choice, tag, count = _TOKENS.unpack_from(message, position)
+            if not count:
+                raise FrameError(f"a run of no tokens at byte {position - _RECORD.size}")
             ids, position = _ids(message, position + _TOKENS.size, count)
             return Tokens(stream, choice, _TAGS[tag], ids), position
         case 1:

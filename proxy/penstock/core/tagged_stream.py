@@ -80,19 +80,22 @@ class TaggedReader:
         self._begin = begin
         out.append(EngineOpened(self._engine_id, self._model, None))
         out.append(EngineUsage(self._usage(), final=False))
-        for choice in range(self._request.choices):
-            self._choices.append(_Choice(self._request, self._vocabulary, begin.prompt_end))
-            out.append(Role(choice, "assistant"))
 
     def _tokens(self, record: Tokens, following: Record | None, out: list[Event]) -> None:
         choice = self._choice(record.choice, out)
         if choice is None:
             return
         self._completion_tokens += len(record.ids)
-        ids = record.ids[:-1] if _ends(record, following) else record.ids
+        finish = following if isinstance(following, Finish) and following.choice == record.choice else None
+        ids = record.ids
+        if record.tag is Tag.MARKER and finish is not None and finish.cause in _ENDED_BY_TOKEN:
+            ids = ids[:-1]
         text = choice.read_marker(ids) if record.tag is Tag.MARKER else choice.read(ids)
         token_ids = list(record.ids) if self._request.wants_token_ids else None
-        out.append(Text(record.choice, Channel.RAW, text, len(record.ids), None, token_ids))
+        if finish is not None and not text:
+            choice.last = (len(record.ids), None, token_ids)
+        else:
+            out.append(Text(record.choice, Channel.RAW, text, len(record.ids), None, token_ids))
 
     def _finish(self, record: Finish, out: list[Event]) -> None:
         choice = self._choice(record.choice, out)
@@ -102,26 +105,40 @@ class TaggedReader:
             out.append(Text(record.choice, Channel.RAW, text))
         choice.is_finished = True
         if record.cause in ("abort", "error"):
-            if all(one.is_finished for one in self._choices):
-                out.append(EngineUsage(self._usage(), final=True))
-            message = f"the engine gave this request up (finish_reason {record.reason!r})"
-            self._fail(Failed(f"engine_{record.cause}", message, retryable=True, origin="upstream"), out)
+            self._give_up(record, choice, out)
             return
         reason = _REASONS.get(record.reason, "other")
         cause = None if record.cause == "unknown" else record.cause
-        out.append(Finished(record.choice, record.reason, record.stop, reason=reason, cause=cause))
+        out.append(Finished(record.choice, record.reason, record.stop, *choice.last, reason=reason, cause=cause))
+
+    def _give_up(self, record: Finish, choice: "_Choice", out: list[Event]) -> None:
+        out.append(Text(record.choice, Channel.RAW, "", *choice.last))
+        if all(one.is_finished for one in self._choices):
+            out.append(EngineUsage(self._usage(), final=True))
+        message = f"the engine gave this request up (finish_reason {record.reason!r})"
+        self._fail(Failed(f"engine_{record.cause}", message, retryable=True, origin="upstream"), out)
 
     def _choice(self, number: int, out: list[Event]) -> "_Choice | None":
         """The choice, if the contract allows it to speak now; otherwise the stream has failed."""
+        if self._begin is None:
+            self._fail(_malformed("spoke before it began"), out)
+            return None
+        if not self._choices:
+            self._take_the_floor(self._begin, out)
         if number >= len(self._choices):
-            begun = f"spoke for choice {number} of {self._request.choices}" if self._begin else "spoke before it began"
-            self._fail(_malformed(begun), out)
+            self._fail(_malformed(f"spoke for choice {number} of {self._request.choices}"), out)
             return None
         choice = self._choices[number]
         if choice.is_finished:
             self._fail(_malformed(f"went on with choice {number} after its finish"), out)
             return None
         return choice
+
+    def _take_the_floor(self, begin: Begin, out: list[Event]) -> None:
+        """All roles before the first token, as vLLM does; not earlier, so that an error until then has a status."""
+        for number in range(self._request.choices):
+            self._choices.append(_Choice(self._request, self._vocabulary, begin.prompt_end))
+            out.append(Role(number, "assistant"))
 
     def _fail(self, failure: Failed, out: list[Event]) -> None:
         out += [*self.close(), failure]
@@ -154,6 +171,8 @@ class _Choice:
         self._skipped = vocabulary.special if request.skip_special_tokens else {}
         self._characters = WholeCharacters()
         self.is_finished = False
+        self.last: tuple[int, None, list[int] | None] = (0, None, None)
+        """Count and ids of last tokens without text: they go with the finish, as in vLLM's last chunk."""
 
     def read(self, ids: tuple[int, ...]) -> str:
         return self._characters.feed(self._detokenizer.feed(ids))
@@ -165,13 +184,6 @@ class _Choice:
 
     def flush(self) -> str:
         return self._characters.flush()
-
-
-def _ends(record: Tokens, following: Record | None) -> bool:
-    """Whether the last of these ids is the one that ended the choice."""
-    if record.tag is not Tag.MARKER or not isinstance(following, Finish):
-        return False
-    return following.choice == record.choice and following.cause in _ENDED_BY_TOKEN
 
 
 def _failure(record: EngineFailed) -> Failed:

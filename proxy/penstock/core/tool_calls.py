@@ -154,7 +154,7 @@ class _ChoiceCalls:
 
     def finish(self, item: Finished, out: list[Event]) -> None:
         status: BlockStatus = "incomplete" if item.reason == "length" else "complete"
-        for call in list(self._open):
+        for call in sorted(self._open, key=lambda call: not call.started):  # a block that ends before one that opens
             is_cut = status == "incomplete" and not call.arguments.strip()
             self._end(call, "the answer ended before the arguments" if is_cut else None, status, out)
         if self._valid and item.reason == "stop" and item.cause != "stop_string":
@@ -162,6 +162,10 @@ class _ChoiceCalls:
 
     def abandon(self, out: list[Event]) -> None:
         for call in list(self._open):
+            if not call.started:  # it was never told, so there is nothing to end
+                self._open.remove(call)
+                out.append(Withheld(self._choice, "marker", call.arguments, call.tokens))
+                continue
             self._end(call, "the stream ended before the call did", "incomplete", out)
 
     @staticmethod

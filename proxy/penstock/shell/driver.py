@@ -82,7 +82,10 @@ class Driver:
                 self._timer.cancel()
 
     async def tell(self, signal: Signal) -> None:
-        """A signal from outside the conversation: the clock, a `DELETE`, the drain."""
+        """A signal from outside the conversation: the clock, a `DELETE`, the drain. Raises nothing of its client's."""
+        await self._quietly(self._take(signal))
+
+    async def _take(self, signal: Signal) -> None:
         was_over = self._exchange.is_over
         commands = self._exchange.receive(signal)
         if self._emptying:

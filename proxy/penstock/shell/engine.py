@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 from yarl import URL
@@ -14,6 +15,12 @@ from penstock.shell.tagged import PluginConnection
 # How long an answer about the engine's health is good for, and how long to wait for one.
 _HEALTH_SECONDS = 1.0
 _HEALTH_TIMEOUT = 2.0
+# A list of models is some kilobytes; an engine that says more is not believed the rest.
+_MOST_SMALL_BYTES = 4 * 2**20
+
+# How long an idle connection is kept for the next request. uvicorn, and so vLLM, closes one after 5 s; a request
+# sent in that very moment would fail, and nobody could tell whether the engine has seen it.
+_IDLE_SECONDS = 3.0
 
 
 class Engine:
@@ -24,10 +31,8 @@ class Engine:
         self._base = URL(upstream.url)
         # No limit on connections: admission is ours, not the pool's. aiohttp sets TCP_NODELAY by itself.
         # No overall or read time-out either: a silent engine is met by heartbeats and the stream's time limit.
-        path = upstream.socket
-        connector = aiohttp.UnixConnector(str(path), limit=0) if path else aiohttp.TCPConnector(limit=0)
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=_connector(upstream.socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timing.connect_seconds),
             headers={"Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -66,7 +71,7 @@ class Engine:
         merged = {**self._authorization(headers), **headers}
         try:
             async with self._session.get(self._base.joinpath(path), headers=merged, timeout=timeout) as answer:
-                return answer.status, answer.content_type, await answer.read()
+                return answer.status, answer.content_type, await read_up_to(answer, _MOST_SMALL_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _problem(error, self.upstream.label) from error
 
@@ -96,6 +101,24 @@ class Engine:
         if key is None or "Authorization" in headers:
             return {}
         return {"Authorization": f"Bearer {key.get_secret_value()}"}
+
+
+def _connector(path: Path | None) -> aiohttp.BaseConnector:
+    if path is not None:
+        return aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=_IDLE_SECONDS)
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+
+
+async def read_up_to(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body, or its first `most` bytes and what came in the same read."""
+    pieces: list[bytes] = []
+    size = 0
+    async for data in answer.content.iter_any():
+        pieces.append(data)
+        size += len(data)
+        if size >= most:
+            break
+    return b"".join(pieces)
 
 
 def _problem(error: Exception, name: str) -> Problem:

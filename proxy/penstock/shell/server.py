@@ -154,11 +154,13 @@ class Server:
         self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str
     ) -> dict[str, str]:
         headers = dict(trace.call_engine(request, self._engine.address, self._engine.port))
-        headers["X-Request-Id"] = stream_id
-        # Without keys of our own the caller's key is the engine's business, as if we were not there.
-        if not self._keyring and hdrs.AUTHORIZATION in http.headers and self._engine.upstream.api_key is None:
-            headers["Authorization"] = http.headers[hdrs.AUTHORIZATION]
-        return headers
+        return {**headers, "X-Request-Id": stream_id, **self._passed_authorization(http)}
+
+    def _passed_authorization(self, http: web.Request) -> dict[str, str]:
+        """Without keys of our own the caller's key is the engine's business, as if we were not there."""
+        if self._keyring or hdrs.AUTHORIZATION not in http.headers or self._engine.upstream.api_key is not None:
+            return {}
+        return {"Authorization": http.headers[hdrs.AUTHORIZATION]}
 
     def _choose_source(
         self, stream_id: str, family: Family, request: StreamRequest, headers: dict[str, str]
@@ -253,10 +255,7 @@ class Server:
 
     async def _models(self, http: web.Request) -> web.Response:
         self._keyring.authenticate(http.headers)
-        headers = {}
-        if not self._keyring and hdrs.AUTHORIZATION in http.headers:
-            headers["Authorization"] = http.headers[hdrs.AUTHORIZATION]
-        status, content_type, body = await self._engine.get("v1/models", headers)
+        status, content_type, body = await self._engine.get("v1/models", self._passed_authorization(http))
         return web.Response(status=status, body=body, content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:

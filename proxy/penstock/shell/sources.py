@@ -10,7 +10,7 @@ from penstock.core.errors import EngineError, LimitReached, Problem
 from penstock.core.families import Family
 from penstock.core.frames import Record
 from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, EngineTagged, Signal
-from penstock.shell.engine import Engine
+from penstock.shell.engine import Engine, read_up_to
 from penstock.shell.tagged import PluginConnection
 
 # An engine's error page is read up to here; what it says beyond is not worth the memory.
@@ -69,7 +69,7 @@ class PlainAnswer:
             async with self._engine.post(self._path, self._body, self._headers) as answer:
                 self._answer = answer
                 if answer.status != 200:
-                    error = await answer.content.read(_MOST_ERROR_BYTES)
+                    error = await read_up_to(answer, _MOST_ERROR_BYTES)
                     return EngineRefused(answer.status, error, self._now())
                 if not self._streams or answer.content_type == "application/json":
                     return EngineAnswered(await self._read_whole(answer), self._now())
@@ -82,15 +82,11 @@ class PlainAnswer:
             return EngineClosed(problem, self._now())
 
     async def _read_whole(self, answer: aiohttp.ClientResponse) -> bytes:
-        pieces: list[bytes] = []
-        size = 0
-        async for data in answer.content.iter_any():
-            size += len(data)
-            if size > self._most_bytes:
-                message = f"the engine's answer is larger than {self._most_bytes} bytes (limits.stream_bytes)"
-                raise LimitReached("stream_bytes_limit", message)
-            pieces.append(data)
-        return b"".join(pieces)
+        body = await read_up_to(answer, self._most_bytes + 1)
+        if len(body) > self._most_bytes:
+            message = f"the engine's answer is larger than {self._most_bytes} bytes (limits.stream_bytes)"
+            raise LimitReached("stream_bytes_limit", message)
+        return body
 
 
 class TaggedAnswer:

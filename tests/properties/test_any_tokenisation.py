@@ -1,0 +1,160 @@
+"""Whatever way the model's text is cut into deltas, the blocks are the same, and they are the right ones."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.core.channels import ReasoningPolicy
+from penstock.core.families import Family
+from support import chunks
+from support.playbook import Json, Outcome, ask, play
+from support.strategies import (
+    ALL_FAMILIES,
+    CLUSTERS,
+    CUSTOM,
+    HALVES,
+    WORDS,
+    argument_objects,
+    cut,
+    families,
+    hermes_bodies,
+    hermes_calls,
+    model_texts,
+    pieces_of,
+    policies,
+    thorough,
+)
+
+TOOLS = ["f", "g", "get_weather"]
+
+
+def summary(outcome: Outcome, *, with_usage: bool = True) -> dict[str, Any]:
+    """What must not depend on the tokens."""
+    return {
+        "contents": outcome.contents(),
+        "types": outcome.types(),
+        "finishes": outcome.finishes(),
+        "ready": [event["arguments"] for event in outcome.all_of("tool_call.ready")],
+        "ends": [(event["valid"], event.get("problem"), event["status"]) for event in outcome.all_of("tool_call.end")],
+        "bytes": outcome.usage()["bytes"] if with_usage else None,
+    }
+
+
+def said(pieces: list[str], request: Json, family: Family, policy: ReasoningPolicy, reason: str = "stop") -> Outcome:
+    return play(request, chunks.answer_of(pieces, reason), family=family, reasoning=policy)
+
+
+@thorough(1500)
+@given(st.data(), model_texts, families, policies, st.booleans(), st.sampled_from(["stop", "length"]))
+def test_raw_text(data: st.DataObject, text: str, family: Family, policy: Any, offers: bool, reason: str) -> None:
+    request = ask(tools=TOOLS if offers else [])
+    pieces = data.draw(pieces_of(text))
+    assert summary(said(pieces, request, family, policy, reason)) == summary(
+        said([text], request, family, policy, reason)
+    )
+
+
+@thorough(700)
+@given(st.data(), st.lists(hermes_calls(), min_size=1, max_size=3), st.sampled_from(["", "\n", "and"]))
+def test_calls_in_the_text(data: st.DataObject, calls: list[str], between: str) -> None:
+    text = between.join(calls)
+    family = ALL_FAMILIES[-1]
+    cut_up, uncut = (said(p, ask(tools=TOOLS), family, "separate") for p in (data.draw(pieces_of(text)), [text]))
+    assert summary(cut_up) == summary(uncut)
+
+
+@thorough(700)
+@given(
+    st.data(), model_texts, policies, st.lists(st.sampled_from(["STOP", "TO", "OPS", "ST", "é", "\n\n"]), min_size=1)
+)
+def test_stop_strings(data: st.DataObject, text: str, policy: Any, stops: list[str]) -> None:
+    """The count is another one: an engine that is stopped earlier has said less."""
+    request = ask(tools=TOOLS, penstock={"stop": stops[:3], "include_stop": data.draw(st.booleans())})
+    pieces = data.draw(pieces_of(text))
+    cut_up, uncut = (said(p, request, ALL_FAMILIES[-2], policy) for p in (pieces, [text]))
+    assert summary(cut_up, with_usage=False) == summary(uncut, with_usage=False)
+
+
+# --- Engines that split the channels themselves ---------------------------------------------------
+
+_PLAIN = (*CLUSTERS, *WORDS, *HALVES, "\n\n", " ")
+plain_texts = st.lists(st.sampled_from(_PLAIN), min_size=1, max_size=5).map("".join)
+
+
+@thorough(700)
+@given(st.data(), plain_texts, plain_texts, argument_objects, families, policies)
+def test_fields_that_the_engine_split(
+    data: st.DataObject, reasoning: str, text: str, arguments: Json, family: Family, policy: Any
+) -> None:
+    body = chunks.json.dumps(arguments)
+
+    def stream(reasonings: list[str], texts: list[str], bodies: list[str]) -> Outcome:
+        call = [chunks.tool(call_id="c1", name="f"), *(chunks.tool(arguments=piece) for piece in bodies)]
+        steps = [*map(chunks.reasoning, reasonings), *map(chunks.content, texts), *call]
+        return play(ask(tools=TOOLS), chunks.answer(*steps, reason="tool_calls"), family=family, reasoning=policy)
+
+    cut_up = stream(*(data.draw(pieces_of(whole)) for whole in (reasoning, text, body)))
+    uncut = stream([reasoning], [text], [body])
+    assert summary(cut_up) == summary(uncut)
+    assert cut_up.one("tool_call.ready")["arguments"] == arguments
+    if policy == "separate":
+        assert cut_up.blocks()[0] == f"reasoning: {reasoning}"
+
+
+# --- What is known to be in the text comes out ----------------------------------------------------
+
+_CHARACTERS = st.text(st.characters(codec="utf-8", exclude_characters="<[|§\u200d"), min_size=1, max_size=20)
+prose = _CHARACTERS.map(lambda text: f"a{text}z").filter(lambda text: not _has_flags(text))
+
+
+def _has_flags(text: str) -> bool:
+    return any("\U0001f1e6" <= character <= "\U0001f1ff" for character in text)
+
+
+def spell(family: Family, reasoning: str, answer: str, bodies: list[str]) -> str:
+    """One turn as a model of this family writes it."""
+    if family.name == "harmony":
+        calls = "".join(f"<|start|>assistant<|channel|>commentary to=functions.f<|message|>{b}<|call|>" for b in bodies)
+        thought = f"<|channel|>analysis<|message|>{reasoning}<|end|>"
+        return f"{thought}<|start|>assistant<|channel|>final<|message|>{answer}<|end|>{calls}"
+    opening, closing, call, end = {
+        "custom": ("§§", "§§", "§!", "§!"),
+        "deepseek-r1": ("", "</think>", "<tool_call>", "</tool_call>"),
+        "mistral": ("[THINK]", "[/THINK]", "", ""),
+    }.get(family.name, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
+    return f"{opening}{reasoning}{closing}{answer}" + "".join(f"{call}{body}{end}" for body in bodies)
+
+
+@thorough(1000)
+@given(st.data(), st.sampled_from(ALL_FAMILIES[:-1]), prose, prose, st.lists(argument_objects, max_size=2))
+def test_what_a_model_of_each_family_writes(
+    data: st.DataObject, family: Family, reasoning: str, answer: str, calls: list[Json]
+) -> None:
+    given_calls = [] if family.name == "mistral" else calls
+    if family.name == "harmony":
+        bodies = [chunks.json.dumps(call) for call in given_calls]
+    else:
+        bodies = [data.draw(hermes_bodies("f", call)) for call in given_calls]
+    text = spell(family, reasoning, answer, bodies)
+    outcome = said(data.draw(pieces_of(text)), ask(tools=TOOLS), family, "separate")
+    assert outcome.blocks()[:2] == [f"reasoning: {reasoning}", f"text: {answer}"]
+    assert [event["arguments"] for event in outcome.all_of("tool_call.ready")] == given_calls
+    assert len(outcome.blocks()) == 2 + len(given_calls)
+    assert outcome.finishes()[0]["reason"] == ("tool_calls" if given_calls else "stop")
+
+
+@pytest.mark.parametrize("start", ["", "<think>", "\n<think>\n"])
+def test_deepseek_with_and_without_its_opening_tag(start: str) -> None:
+    text = f"{start}hm</think>Hi"
+    family = next(family for family in ALL_FAMILIES if family.name == "deepseek-r1")
+    for size in range(1, len(text)):
+        pieces = cut(text, range(size, len(text), size))
+        blocks = said(pieces, ask(), family, "separate").blocks()
+        assert [block.replace("\n", "") for block in blocks] == ["reasoning: hm", "text: Hi"]
+
+
+def test_the_custom_family_is_no_built_in_one() -> None:
+    blocks = said(["  §§hm§", "§\nHi <think>§", "!{}§!"], ask(tools=TOOLS), CUSTOM, "separate").blocks()
+    assert blocks == ["reasoning: hm", "text: \nHi <think>", "tool_call: ({})"]
