@@ -213,7 +213,7 @@ def penstock(
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "PENSTOCK_"))}
     if source is not None:
-        environment["PYTHONPATH"] = str(source.resolve(strict=True))
+        environment["PYTHONPATH"] = os.pathsep.join([str(source.resolve(strict=True)), *sys.path[1:]])
     command: list[str | Path] = [sys.executable, "-m", "penstock", "serve", "--port", str(port)]
     command += ["--upstream", f"http://127.0.0.1:{upstream.port}"]
     process = stack.enter_context(running(command, port, environment))

@@ -27,7 +27,9 @@ class EngineHolder:
     def running(self) -> Engine:
         if self._engine is None or not self._engine.is_alive():
             self.stop()
-            self._engine = self._running.enter_context(running_engine())
+            # The plugin is loaded and, until a sidecar asks for it, unused.
+            loaded = {"VLLM_PLUGINS": "penstock"}
+            self._engine = self._running.enter_context(running_engine(environment=loaded))
         return self._engine
 
     def stop(self) -> None:

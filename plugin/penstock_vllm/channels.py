@@ -150,7 +150,8 @@ class Table:
                 state.spelled[marker.encode()] = self._state(target)
             else:
                 by_id[token_id] = self._state(target)
-        state.headers = [(_compiled(pattern), self._state(target)) for pattern, target in described["headers"]]
+        rules = described["headers"] if state.collects else []
+        state.headers = [(_compiled(pattern), self._state(target)) for pattern, target in rules]
         state.otherwise = None if described["otherwise"] is None else self._state(described["otherwise"])
         reads = state.collects or state.spelled or state.otherwise is not None
         state.look = _Looks(state, by_id, self.piece).__getitem__ if reads else by_id.get
@@ -206,8 +207,10 @@ class Tagger:
 
     def _take(self, token_id: int, runs: "_Runs") -> None:
         action = self._look(token_id)
-        if isinstance(action, _State):
+        if isinstance(action, _State) or (action is _AS_TEXT and self._is_marker_of_otherwise(token_id)):
             self._settle(runs)
+            if self._is_marker_of_otherwise(token_id):
+                self._leaves(self._piece(token_id))
             action = self._look(token_id)
         if isinstance(action, _State):
             runs.put(Channel.MARKER, (token_id,))
@@ -216,6 +219,11 @@ class Tagger:
             self._read(token_id, runs)
         else:
             runs.put(self._state.channel, (token_id,))
+
+    def _is_marker_of_otherwise(self, token_id: int) -> bool:
+        """Whether this marker is none here, but is one in the state that it leads to by being none."""
+        other = self._state.otherwise
+        return other is not None and isinstance(other.look(token_id), _State) and self._look(token_id) is _AS_TEXT
 
     def _read(self, token_id: int, runs: "_Runs") -> None:
         self._tail += self._piece(token_id)

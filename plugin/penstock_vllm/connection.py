@@ -43,6 +43,7 @@ class Connection:
         self._outbox = Outbox(most_bytes, self._lose)
         self._streams: dict[int, Stream] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._has_lost = False
 
     async def run(self) -> None:
         sender = asyncio.create_task(self._send())
@@ -100,6 +101,9 @@ class Connection:
         self._streams.pop(number, None)
 
     def _lose(self, numbers: list[int]) -> None:
+        if not self._has_lost:
+            self._has_lost = True
+            _log.warning("penstock: a sidecar does not read what it asked for, and loses streams")
         self._open_streams.lost += len(numbers)
         for number in numbers:
             self._abort(number)

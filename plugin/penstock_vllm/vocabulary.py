@@ -33,15 +33,16 @@ class TokenizerVocabulary:
         if added is not None:
             return added
         token: str | None = self._tokenizer.id_to_token(token_id)
-        return b"" if token is None else self._spelled(token)
+        return b"" if token is None else self._spelled(token_id, token)
 
-    def _spelled(self, token: str) -> bytes:
+    def _spelled(self, token_id: int, token: str) -> bytes:
         if self._has_space_sign:
             byte = _BYTE_TOKEN.fullmatch(token)
             return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
         if self._is_byte_level:
             return bytes(_BYTES[letter] for letter in token if letter in _BYTES)
-        return token.encode()
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text.encode()
 
     @cached_property
     def _has_space_sign(self) -> bool:

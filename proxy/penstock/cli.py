@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"penstock {parsed.command}: {error}", file=sys.stderr)
         return _WRONG_USE
     except OSError as error:
-        print(f"penstock {parsed.command}: {error.strerror or error}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"penstock {parsed.command}: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -40,7 +40,7 @@ async def show(upstream: str | None) -> int:
         screen = _Screen()
         request = _request(tour, model)
         if upstream and model == _SCRIPTED_MODEL:
-            request["vllm_xargs"] = {"script": await _script(session, upstream, tour), "script_pause_ms": 25}
+            request |= await _script(session, upstream, tour)
         async with session.post(f"{url}/v1/streams", json=request) as answer:
             if answer.status != 200:
                 print(f"{_RED}{answer.status}{_PLAIN} {await answer.text()}")
@@ -58,13 +58,14 @@ def _request(tour: Recording, model: str) -> dict[str, Any]:
     return {**{key: value for key, value in tour.request.items() if key not in ours}, "model": model}
 
 
-async def _script(session: aiohttp.ClientSession, engine: str, tour: Recording) -> list[int]:
-    """The tour's text in the tokens of the tiny model, which has random weights and must be told what to say."""
+async def _script(session: aiohttp.ClientSession, engine: str, tour: Recording) -> dict[str, Any]:
+    """Makes the tiny model, which has random weights, say the tour's text; nothing for another engine of that name."""
     text = tour.said[0] + "<|im_end|>"
     body = {"model": _SCRIPTED_MODEL, "prompt": text, "add_special_tokens": False}
     async with session.post(f"{engine}/tokenize", json=body) as answer:
-        answer.raise_for_status()
-        return list((await answer.json())["tokens"])
+        if answer.status != 200:
+            return {}
+        return {"vllm_xargs": {"script": (await answer.json())["tokens"], "script_pause_ms": 25}}
 
 
 def _what_next(model: str) -> str:

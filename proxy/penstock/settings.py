@@ -7,6 +7,7 @@ Settings come from flags, `PENSTOCK_*` variables and one YAML file, in that orde
 import os
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -19,7 +20,8 @@ from penstock.core.families import FAMILIES, Family, State, thinking_family
 
 _PREFIX = "PENSTOCK_"
 _HASHED_KEY = re.compile(r"sha256:[0-9a-f]{64}")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
+_SECRET = re.compile(r"auth\.keys\b.*|.*\bapi_key\b.*")
 
 
 class SettingsError(Exception):
@@ -185,7 +187,12 @@ class Settings(_Part):
 
     @property
     def is_loopback(self) -> bool:
-        return self.listen.host in _LOOPBACK or self.listen.host.startswith("127.")
+        if self.listen.host == "localhost":
+            return True
+        try:
+            return ip_address(self.listen.host).is_loopback
+        except ValueError:
+            return False  # a name, and names may lead anywhere
 
     def all_families(self) -> tuple[Family, ...]:
         """The families of the settings first, then the built-in ones."""
@@ -272,7 +279,8 @@ def _sentences(error: ValidationError, sources: Mapping[str, str]) -> Iterator[s
         elif fault["type"] == "extra_forbidden":
             yield f"{path}{where}: is no setting. {_siblings(path)}"
         else:
-            yield f"{path}: {_shown(fault['input'])}{where} is wrong: {message}. It is {_meaning(path)}"
+            value = "its value" if _SECRET.fullmatch(path) else _shown(fault["input"])
+            yield f"{path}: {value}{where} is wrong: {message}. It is {_meaning(path)}"
 
 
 def _parents(path: str) -> Iterator[str]:

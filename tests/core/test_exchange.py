@@ -773,7 +773,7 @@ def test_a_heartbeat_for_a_client_that_waits() -> None:
 
 
 def test_no_heartbeat_where_text_flows() -> None:
-    spoke = [EngineSpoke(content("a"), at(10)), ClockTicked(at(16)), EngineSpoke(content("b"), at(20))]
+    spoke: list[Step] = [EngineSpoke(content("a"), at(10)), ClockTicked(at(16)), EngineSpoke(content("b"), at(20))]
     outcome = play(ask(), [role(), *spoke, ClockTicked(at(34))])
     assert SendToClient(b"\n") not in outcome.commands
 

@@ -1,7 +1,6 @@
 """The plugin's frames, read: every vector of the contract, whatever a writer may say, and whatever nobody should."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from penstock.core.frames import (
     Tokens,
     read_message,
 )
+from support.fake_plugin import write
 from support.strategies import thorough
 
 Json = dict[str, Any]
@@ -56,42 +56,7 @@ def as_vector(record: Record) -> Json:
             return {"kind": "lost", "stream": stream, "why": why}
 
 
-# --- A second writer, straight from the page of the contract ------------------------------------------
-
-
-def write(records: list[Record]) -> bytes:
-    return bytes([VERSION]) + b"".join(map(write_record, records))
-
-
-def write_record(record: Record) -> bytes:
-    match record:
-        case Begin(stream, prompt_tokens, cached_tokens, prompt_end):
-            return struct.pack("<BIII", 1, stream, prompt_tokens, cached_tokens) + write_ids(prompt_end)
-        case Tokens(stream, choice, tag, ids):
-            return struct.pack("<BIBB", 2, stream, choice, tag) + write_ids(ids)
-        case Finish(stream, choice, cause, reason, stop):
-            spoken = reason.encode("ascii")
-            head = struct.pack("<BIBBB", 3, stream, choice, CAUSES.index(cause), len(spoken))
-            return head + spoken + write_stop(stop)
-        case End(stream):
-            return struct.pack("<BI", 4, stream)
-        case EngineFailed(stream, status, body):
-            return struct.pack("<BIHI", 5, stream, status, len(body)) + body
-        case Lost(stream, why):
-            return struct.pack("<BIB", 6, stream, why)
-
-
-def write_ids(ids: tuple[int, ...]) -> bytes:
-    return struct.pack("<H", len(ids)) + b"".join(struct.pack("<I", number) for number in ids)
-
-
-def write_stop(stop: int | str | None) -> bytes:
-    if stop is None:
-        return b"\0"
-    if isinstance(stop, int):
-        return struct.pack("<BI", 1, stop)
-    return struct.pack("<BH", 2, len(stop.encode())) + stop.encode()
-
+# --- Whatever a writer may say ------------------------------------------------------------------------
 
 u8, u16, u32 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32))
 ascii_texts = st.text(st.characters(codec="ascii"), max_size=255)

@@ -98,9 +98,7 @@ def planned(fault: str, recording: Recording | None = None, speed: float = 1.0) 
 
 def test_a_recording_is_read_with_its_request_and_its_chunks() -> None:
     half = "😀".encode()[:2]
-    content = jsonl(
-        header(), {"ms": 1.5, "text": "data: é"}, {"ms": 2, "base64": base64.b64encode(half).decode()}
-    )
+    content = jsonl(header(), {"ms": 1.5, "text": "data: é"}, {"ms": 2, "base64": base64.b64encode(half).decode()})
 
     recording = parse_recording(content + b"\n", "smile.jsonl")
 
@@ -188,9 +186,7 @@ def test_the_recording_is_found_by_name_then_by_request_then_by_stream(
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        UnknownRecordingError, match=r'called "nope".*known: plain, streamed, two, other'
-    ) as told:
+    with pytest.raises(UnknownRecordingError, match=r'called "nope".*known: plain, streamed, two, other') as told:
         pick_recording(SHELF, asks("hi"), "nope")
     assert told.value.status == 404
 
@@ -460,9 +456,7 @@ def test_whatever_the_size_of_the_pieces_the_bytes_are_the_recorded_ones(
 
 
 @given(reads, sizes, st.floats(0, 8))
-def test_no_piece_comes_before_its_bytes_were_recorded(
-    parts: list[tuple[float, str]], size: int, speed: float
-) -> None:
+def test_no_piece_comes_before_its_bytes_were_recorded(parts: list[tuple[float, str]], size: int, speed: float) -> None:
     recording = recorded(*parts)
     due = [
         action.at

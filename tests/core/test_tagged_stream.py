@@ -13,7 +13,7 @@ from penstock.core.commands import AbortEngine, Ending, Respond
 from penstock.core.detokenize import Vocabulary
 from penstock.core.events import EngineDone, Failed, Text
 from penstock.core.exchange import Exchange, Setting
-from penstock.core.families import FAMILIES, Family, choose_family
+from penstock.core.families import choose_family
 from penstock.core.frames import Begin, End, EngineFailed, Finish, Lost, Record, Tag, Tokens
 from penstock.core.request import read_request
 from penstock.core.signals import EngineTagged, Signal
@@ -22,6 +22,7 @@ from support import chunks
 from support.chunks import Json
 from support.golden import Case, all_cases, client_request
 from support.playbook import (
+    ALL_FAMILIES,
     EPOCH_MS,
     GENEROUS,
     STARTED,
@@ -91,17 +92,16 @@ def play_tagged(
     *,
     tokenizer: MadeTokenizer = QWEN,
     dialect: DialectName = "ndjson",
-    family: Family | str | None = None,
+    family: str | None = None,
     reasoning: Any = None,
 ) -> Outcome:
     """`playbook.play` for a stream that comes as records, a list of them for each message."""
     request = read_request(json.dumps(body or ask()).encode(), streams=True)
-    if not isinstance(family, Family):
-        family = choose_family(FAMILIES, request.model, family or request.family)
-        assert family is not None
+    chosen = choose_family(ALL_FAMILIES, request.model, family or request.family)
+    assert chosen is not None
     reader = TaggedReader(request, Vocabulary(tokenizer.json), chunks.ENGINE_ID, chunks.MODEL)
     policy = reasoning or request.reasoning or "separate"
-    setting = Setting(STREAM_ID, "vllm", None, family, policy, GENEROUS, STARTED, EPOCH_MS, reader)
+    setting = Setting(STREAM_ID, "vllm", None, chosen, policy, GENEROUS, STARTED, EPOCH_MS, reader)
     outcome = Outcome(Exchange(request, setting, spelling(dialect, request)))
     outcome.commands += outcome.exchange.start()
     for message in messages:
@@ -343,7 +343,7 @@ def test_a_run_of_markers_with_text_among_them_is_written_out_in_order() -> None
     tokenizer = made("tiktoken")
     ids = tokenizer.encode("<|channel|>analysis<|message|>")
     messages = [
-        [begin(), Tokens(STREAM, 0, Tag.MARKER, tuple(ids))],
+        message(begin(), Tokens(STREAM, 0, Tag.MARKER, tuple(ids))),
         tokens(tokenizer.encode("hm"), tokenizer=tokenizer),
     ]
     outcome = play_tagged(ask(), messages, tokenizer=tokenizer, family="harmony")
@@ -384,6 +384,13 @@ def test_the_token_that_ended_the_answer_is_no_text(skip: bool) -> None:
     assert outcome.blocks() == ["text: Hi"]
     assert outcome.one("finish")["token_ids"] == [EOS]
     assert outcome.usage()["completion_tokens"] == len(QWEN.encode("Hi")) + 1
+
+
+def test_a_grammar_ends_with_an_end_token_too() -> None:
+    last: list[Record] = [*tokens([EOS], end=EOS), ended(cause="grammar", stop="grammar"), End(STREAM)]
+    outcome = play_tagged(ask(), [[begin(), *tokens(QWEN.encode("Hi")), *last]])
+    assert outcome.blocks() == ["text: Hi"]
+    assert (outcome.finishes()[0]["cause"], outcome.finishes()[0]["stop"]) == ("grammar", "grammar")
 
 
 def test_a_marker_right_before_the_end_in_one_run() -> None:
@@ -443,7 +450,7 @@ def test_max_tokens_within_a_character() -> None:
 @pytest.mark.parametrize("held", ["👩\u200d", "🇩🇪🇫"])
 def test_no_delta_ends_within_a_visible_character_but_the_last(held: str) -> None:
     ids = QWEN.encode(held)
-    spoken = [[begin()], *map(tokens, each(ids))]
+    spoken = [message(begin()), *map(tokens, each(ids))]
     outcome = play_tagged(ask(), spoken)
     assert outcome.blocks() == [f"text: {held[:-1]}"]
     outcome = play_tagged(ask(), [*spoken, [ended(cause="max_tokens", reason="length"), End(STREAM)]])
@@ -491,7 +498,7 @@ def test_tokens_are_counted_by_channel_also_in_bursts() -> None:
 
 
 def test_the_engine_s_count_is_exact_and_so_is_that_of_an_answer_that_it_gave_up() -> None:
-    spoken = [[begin()], tokens(QWEN.encode("Hi"))]
+    spoken = [message(begin()), tokens(QWEN.encode("Hi"))]
     complete = play_tagged(ask(), [*spoken, [ended(), End(STREAM)]])
     given_up = play_tagged(ask(), [*spoken, [ended(cause="abort", reason="abort"), End(STREAM)]])
     cut = play_tagged(ask(), [*spoken, [Lost(STREAM, 1)]])

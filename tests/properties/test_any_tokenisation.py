@@ -1,5 +1,6 @@
 """Whatever way the model's text is cut into deltas, the blocks are the same, and they are the right ones."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,13 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.channels import ReasoningPolicy
-from penstock.core.families import Family
 from support import chunks
-from support.playbook import Json, Outcome, ask, play
+from support.playbook import FAMILY_NAMES, Json, Outcome, ask, play
 from support.strategies import (
-    ALL_FAMILIES,
     CLUSTERS,
-    CUSTOM,
     HALVES,
     WORDS,
     argument_objects,
@@ -28,6 +26,8 @@ from support.strategies import (
 )
 
 TOOLS = ["f", "g", "get_weather"]
+THINKING = [name for name in FAMILY_NAMES if name != "bare"]
+QWEN, DEEPSEEK = "qwen3", "deepseek-r1"
 
 
 def summary(outcome: Outcome, *, with_usage: bool = True) -> dict[str, Any]:
@@ -42,13 +42,13 @@ def summary(outcome: Outcome, *, with_usage: bool = True) -> dict[str, Any]:
     }
 
 
-def said(pieces: list[str], request: Json, family: Family, policy: ReasoningPolicy, reason: str = "stop") -> Outcome:
+def said(pieces: list[str], request: Json, family: str, policy: ReasoningPolicy, reason: str = "stop") -> Outcome:
     return play(request, chunks.answer_of(pieces, reason), family=family, reasoning=policy)
 
 
 @thorough(1500)
 @given(st.data(), model_texts, families, policies, st.booleans(), st.sampled_from(["stop", "length"]))
-def test_raw_text(data: st.DataObject, text: str, family: Family, policy: Any, offers: bool, reason: str) -> None:
+def test_raw_text(data: st.DataObject, text: str, family: str, policy: Any, offers: bool, reason: str) -> None:
     request = ask(tools=TOOLS if offers else [])
     pieces = data.draw(pieces_of(text))
     assert summary(said(pieces, request, family, policy, reason)) == summary(
@@ -60,8 +60,7 @@ def test_raw_text(data: st.DataObject, text: str, family: Family, policy: Any, o
 @given(st.data(), st.lists(hermes_calls(), min_size=1, max_size=3), st.sampled_from(["", "\n", "and"]))
 def test_calls_in_the_text(data: st.DataObject, calls: list[str], between: str) -> None:
     text = between.join(calls)
-    family = ALL_FAMILIES[-1]
-    cut_up, uncut = (said(p, ask(tools=TOOLS), family, "separate") for p in (data.draw(pieces_of(text)), [text]))
+    cut_up, uncut = (said(p, ask(tools=TOOLS), QWEN, "separate") for p in (data.draw(pieces_of(text)), [text]))
     assert summary(cut_up) == summary(uncut)
 
 
@@ -73,7 +72,7 @@ def test_stop_strings(data: st.DataObject, text: str, policy: Any, stops: list[s
     """The count is another one: an engine that is stopped earlier has said less."""
     request = ask(tools=TOOLS, penstock={"stop": stops[:3], "include_stop": data.draw(st.booleans())})
     pieces = data.draw(pieces_of(text))
-    cut_up, uncut = (said(p, request, ALL_FAMILIES[-2], policy) for p in (pieces, [text]))
+    cut_up, uncut = (said(p, request, QWEN, policy) for p in (pieces, [text]))
     assert summary(cut_up, with_usage=False) == summary(uncut, with_usage=False)
 
 
@@ -86,9 +85,9 @@ plain_texts = st.lists(st.sampled_from(_PLAIN), min_size=1, max_size=5).map("".j
 @thorough(700)
 @given(st.data(), plain_texts, plain_texts, argument_objects, families, policies)
 def test_fields_that_the_engine_split(
-    data: st.DataObject, reasoning: str, text: str, arguments: Json, family: Family, policy: Any
+    data: st.DataObject, reasoning: str, text: str, arguments: Json, family: str, policy: Any
 ) -> None:
-    body = chunks.json.dumps(arguments)
+    body = json.dumps(arguments)
 
     def stream(reasonings: list[str], texts: list[str], bodies: list[str]) -> Outcome:
         call = [chunks.tool(call_id="c1", name="f"), *(chunks.tool(arguments=piece) for piece in bodies)]
@@ -113,9 +112,9 @@ def _has_flags(text: str) -> bool:
     return any("\U0001f1e6" <= character <= "\U0001f1ff" for character in text)
 
 
-def spell(family: Family, reasoning: str, answer: str, bodies: list[str]) -> str:
+def spell(family: str, reasoning: str, answer: str, bodies: list[str]) -> str:
     """One turn as a model of this family writes it."""
-    if family.name == "harmony":
+    if family == "harmony":
         calls = "".join(f"<|start|>assistant<|channel|>commentary to=functions.f<|message|>{b}<|call|>" for b in bodies)
         thought = f"<|channel|>analysis<|message|>{reasoning}<|end|>"
         return f"{thought}<|start|>assistant<|channel|>final<|message|>{answer}<|end|>{calls}"
@@ -123,18 +122,24 @@ def spell(family: Family, reasoning: str, answer: str, bodies: list[str]) -> str
         "custom": ("§§", "§§", "§!", "§!"),
         "deepseek-r1": ("", "</think>", "<tool_call>", "</tool_call>"),
         "mistral": ("[THINK]", "[/THINK]", "", ""),
-    }.get(family.name, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
+    }.get(family, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
     return f"{opening}{reasoning}{closing}{answer}" + "".join(f"{call}{body}{end}" for body in bodies)
 
 
 @thorough(1000)
-@given(st.data(), st.sampled_from(ALL_FAMILIES[:-1]), prose, prose, st.lists(argument_objects, max_size=2))
+@given(
+    st.data(),
+    st.sampled_from(THINKING),
+    prose,
+    prose,
+    st.lists(argument_objects, max_size=2),
+)
 def test_what_a_model_of_each_family_writes(
-    data: st.DataObject, family: Family, reasoning: str, answer: str, calls: list[Json]
+    data: st.DataObject, family: str, reasoning: str, answer: str, calls: list[Json]
 ) -> None:
-    given_calls = [] if family.name == "mistral" else calls
-    if family.name == "harmony":
-        bodies = [chunks.json.dumps(call) for call in given_calls]
+    given_calls = [] if family == "mistral" else calls
+    if family == "harmony":
+        bodies = [json.dumps(call) for call in given_calls]
     else:
         bodies = [data.draw(hermes_bodies("f", call)) for call in given_calls]
     text = spell(family, reasoning, answer, bodies)
@@ -148,13 +153,12 @@ def test_what_a_model_of_each_family_writes(
 @pytest.mark.parametrize("start", ["", "<think>", "\n<think>\n"])
 def test_deepseek_with_and_without_its_opening_tag(start: str) -> None:
     text = f"{start}hm</think>Hi"
-    family = next(family for family in ALL_FAMILIES if family.name == "deepseek-r1")
     for size in range(1, len(text)):
         pieces = cut(text, range(size, len(text), size))
-        blocks = said(pieces, ask(), family, "separate").blocks()
+        blocks = said(pieces, ask(), DEEPSEEK, "separate").blocks()
         assert [block.replace("\n", "") for block in blocks] == ["reasoning: hm", "text: Hi"]
 
 
 def test_the_custom_family_is_no_built_in_one() -> None:
-    blocks = said(["  §§hm§", "§\nHi <think>§", "!{}§!"], ask(tools=TOOLS), CUSTOM, "separate").blocks()
+    blocks = said(["  §§hm§", "§\nHi <think>§", "!{}§!"], ask(tools=TOOLS), "custom", "separate").blocks()
     assert blocks == ["reasoning: hm", "text: \nHi <think>", "tool_call: ({})"]

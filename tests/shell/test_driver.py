@@ -195,7 +195,7 @@ async def test_a_whole_answer_over_the_cap_is_an_error() -> None:
 @forms
 async def test_time_over_the_cap_ends_the_stream(route: str, accept: str) -> None:
     app, seen = engine_app(two_words)
-    async with in_front_of(app, limits__stream_seconds=0.3) as setup:
+    async with in_front_of(app, limits__stream_seconds=0.8) as setup:
         answer = await setup.caller.post(route, chat(stream=True), {"Accept": accept})
         assert_failed(answer, route, "stream_time_limit")
         assert b"Hello" in answer.body
@@ -216,7 +216,7 @@ async def test_time_over_the_cap_before_the_first_token_is_a_504(route: str, bod
 
 async def test_the_folded_answer_keeps_what_there_was() -> None:
     app, _ = engine_app(two_words)
-    async with in_front_of(app, limits__stream_seconds=0.2) as setup:
+    async with in_front_of(app, limits__stream_seconds=0.8) as setup:
         answer = await setup.caller.stream(FOLDED)
         assert (answer.status, answer.json["status"]) == (504, "failed")
         assert answer.json["choices"][0]["text"] == "Hello you"
@@ -300,7 +300,7 @@ def fault() -> str:
 async def misbehaving(fault: str) -> AsyncIterator[Setup]:
     """The mock engine, and little time where its fault lasts for ever."""
     lasting = fault.startswith("stall") or fault.endswith("forever")
-    async with in_front_of(replay(), limits__stream_seconds=0.4 if lasting else 20) as setup:
+    async with in_front_of(replay(), limits__stream_seconds=0.8 if lasting else 600) as setup:
         yield setup
 
 

@@ -56,9 +56,7 @@ def write_recording(
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
     """Three recordings: a quick stream, a slow one of a minute, a whole document."""
-    write_recording(
-        tmp_path, "quick", {"model": "tiny", "stream": True}, [(1, ROLE + SMILE), (2, TOOL), (3, DONE)]
-    )
+    write_recording(tmp_path, "quick", {"model": "tiny", "stream": True}, [(1, ROLE + SMILE), (2, TOOL), (3, DONE)])
     minute = [(0, ROLE), (30_000, SMILE), (60_000, TOOL + DONE)]
     write_recording(tmp_path, "minute", {"model": "tiny", "stream": True}, minute)
     document = {"content_type": "application/json"}
@@ -192,9 +190,7 @@ async def test_a_recorded_refusal_keeps_its_status(tmp_path: Path) -> None:
         ("nonsense", "vllm_xargs must be a JSON object"),
     ],
 )
-async def test_what_cannot_be_followed_is_a_400_that_says_why(
-    caller: Caller, xargs: object, complaint: str
-) -> None:
+async def test_what_cannot_be_followed_is_a_400_that_says_why(caller: Caller, xargs: object, complaint: str) -> None:
     wishes = {"replay": "quick", **xargs} if isinstance(xargs, dict) else xargs
     status, error = await caller.error(wishes)
 
@@ -460,9 +456,7 @@ def test_recordings_are_read_from_files_and_directories(shelf: Path, tmp_path_fa
     assert [one.name for one in load_recordings([extra, shelf])] == ["extra", "minute", "quick", "whole"]
 
 
-def test_without_paths_the_packages_own_recordings_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_paths_the_packages_own_recordings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recordings").mkdir()
     write_recording(tmp_path / "recordings", "own", {}, [(0, "x")])
     monkeypatch.setattr("importlib.resources.files", {"penstock": tmp_path}.__getitem__)

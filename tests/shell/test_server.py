@@ -1,5 +1,6 @@
 """The routes: what each answers, in which shape and with which headers, before and beside the streams."""
 
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -9,11 +10,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from penstock.core.verifier import parse_log
+from penstock.core.verifier import parse_log, verify
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Json, calling, chat
 from support.sidecar import sidecar
-from support.sockets import connections, until
+from support.sockets import connections, raw_request, until
 from support.upstreams import Setup, answering, engine_app, in_front_of, opened, replay, replayed, saying, silence
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
@@ -211,6 +212,41 @@ async def test_another_method_is_a_405_that_says_which(setup: Setup, route: str)
 
 async def test_another_path_is_a_404(setup: Setup) -> None:
     assert_error(await setup.caller.get("/v1/nothing"), "/v1/nothing", 404, "no_such_route")
+
+
+@pytest.mark.parametrize(
+    ("line", "header", "status"),
+    [
+        (b"GET /v1/%ff HTTP/1.1", b"Accept: */*", 404),
+        (b"POST /v1/streams HTTP/1.1", b"Accept: \xff", 406),
+        (b"POST /v1/streams HTTP/1.1", b"Traceparent: \xff", 400),
+        (b"POST /v1/chat/completions HTTP/1.1", b"Baggage: \xff=\xff", 400),
+    ],
+)
+async def test_bytes_that_are_no_text_are_the_callers_fault(
+    setup: Setup, line: bytes, header: bytes, status: int
+) -> None:
+    async with raw_request(setup.caller.url, line, header, b"Connection: close") as client:
+        head, _, body = (await client.read_all()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"no gzip at all", 400), (gzip.compress(b" " * 100_000), 413), (gzip.compress(b"{}"), 400)]
+)
+async def test_a_compressed_body_is_judged_by_what_is_in_it(setup: Setup, body: bytes, status: int) -> None:
+    answer = await setup.caller.post("/v1/streams", body, {"Content-Encoding": "gzip"})
+    assert answer.status == status
+    assert answer.error["origin"] == "client"
+
+
+async def test_an_old_client_gets_a_stream_that_ends_with_its_connection(setup: Setup) -> None:
+    body = json.dumps(chat(**replayed("plain"))).encode()
+    async with raw_request(setup.caller.url, b"POST /v1/streams HTTP/1.0", body=body) as client:
+        head, _, log = (await client.read_all()).partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    assert verify(parse_log(log)) == []
 
 
 # --- What the engine refuses ------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from penstock.core.dialects.native import NativeFolded, NativeNdjson, NativeSse
 from penstock.core.dialects.openai_chat import ChatStream, ChatWhole
 from penstock.core.events import Usage
 from penstock.core.exchange import Bounds, Exchange, Setting
-from penstock.core.families import FAMILIES, Family, choose_family
+from penstock.core.families import FAMILIES, Family, State, choose_family, thinking_family
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import ClientLeft, EngineSpoke, Signal
 from penstock.core.verifier import Verifier, verify
@@ -43,6 +43,22 @@ GENEROUS = Bounds(
     heartbeat_seconds=15.0,
     engine_silence_seconds=30.0,
 )
+# Two families that a deployment might add: one with its own markers, one that does not think.
+CUSTOM = Family(
+    "custom",
+    ("custom*",),
+    start="before",
+    start_without_thinking="answer",
+    states={
+        "before": State("answer", {"§§": "thought", "§!": "call"}, otherwise="answer"),
+        "thought": State("reasoning", {"§§": "before"}),
+        "answer": State("answer", {"§!": "call"}),
+        "call": State("tool", {"§!": "before"}, syntax="hermes"),
+    },
+)
+BARE = thinking_family("bare", ("bare*",), reasoning=None)
+ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES[:-1], CUSTOM, BARE, FAMILIES[-1])
+FAMILY_NAMES = [family.name for family in ALL_FAMILIES]
 _WITHHELD = ("marker", "hidden", "stop", "moderation")
 
 
@@ -136,18 +152,17 @@ def open_exchange(
     body: Json | None = None,
     *,
     dialect: DialectName = "ndjson",
-    family: Family | str | None = None,
+    family: str | None = None,
     reasoning: ReasoningPolicy | None = None,
     bounds: Bounds = GENEROUS,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it for this request."""
     request = read_request(json.dumps(body or ask()).encode(), streams=dialect != "chat_whole")
-    if not isinstance(family, Family):
-        family = choose_family(FAMILIES, request.model, family or request.family)
-        assert family is not None
+    chosen = choose_family(ALL_FAMILIES, request.model, family or request.family)
+    assert chosen is not None
     policy = reasoning or request.reasoning or "separate"
-    setting = Setting(STREAM_ID, "vllm", None, family, policy, replace(bounds, **changed_bounds), STARTED, EPOCH_MS)
+    setting = Setting(STREAM_ID, "vllm", None, chosen, policy, replace(bounds, **changed_bounds), STARTED, EPOCH_MS)
     return Exchange(request, setting, spelling(dialect, request))
 
 

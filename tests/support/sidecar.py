@@ -20,13 +20,16 @@ class Sidecar:
 async def sidecar(engine_url: str, upstream: dict[str, Any] | None = None, **flags: Any) -> AsyncIterator[Sidecar]:
     """Penstock in front of `engine_url`; `flags` are settings with `__` for the dot, like `limits__stream_bytes`.
 
-    A free port, and no time for draining unless a test asks for it, so that a failing test ends at once.
+    A free port, and no time for draining unless a test asks for it, so that a failing test ends at once. Plain
+    chunks, unless `upstream` says `plugin: auto`; then the plugin was looked for before the first request.
     """
     settings = {
-        "upstreams": [{"url": engine_url, "name": "engine", **(upstream or {})}],
+        "upstreams": [{"url": engine_url, "name": "engine", "plugin": "off", **(upstream or {})}],
         "listen.port": 0,
         "timing.drain_seconds": 0,
         **{name.replace("__", "."): value for name, value in flags.items()},
     }
     async with app.running(load_settings(environment={}, flags=settings)) as (server, url):
+        if (plugin := server.engine.plugin) is not None:
+            await plugin.settled()
         yield Sidecar(url, server)

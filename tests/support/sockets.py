@@ -38,21 +38,30 @@ async def settled(value: Callable[[], int], seconds: float = 0.3, deadline: floa
 
 
 @asynccontextmanager
-async def unread(url: str, path: str, body: dict[str, Any], *, receive_bytes: int = 4096) -> AsyncIterator[RawClient]:
-    """A request whose answer nobody reads yet; the kernel keeps little for it."""
+async def raw_request(
+    url: str, line: bytes, *headers: bytes, body: bytes = b"", receive_bytes: int = 65536
+) -> AsyncIterator[RawClient]:
+    """A request byte by byte, whose answer nobody reads yet; the kernel keeps about `receive_bytes` of it."""
     place = urlsplit(url)
     sock = socket.socket()
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(sock, (place.hostname, place.port))
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    await loop.sock_sendall(sock, head.encode() + data)
+    sized = [b"Content-Length: %d" % len(body)] if body else []
+    await loop.sock_sendall(sock, b"\r\n".join([line, b"Host: x", *headers, *sized, b"", b""]) + body)
     try:
         yield RawClient(sock)
     finally:
         sock.close()
+
+
+@asynccontextmanager
+async def unread(url: str, path: str, body: dict[str, Any]) -> AsyncIterator[RawClient]:
+    """A chat request whose answer nobody reads yet, and of which the kernel keeps little."""
+    line = f"POST {path} HTTP/1.1".encode()
+    async with raw_request(url, line, body=json.dumps(body).encode(), receive_bytes=4096) as client:
+        yield client
 
 
 class RawClient:

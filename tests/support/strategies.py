@@ -8,9 +8,22 @@ from typing import Any, TypeVar
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from penstock.core.families import FAMILIES, Family, State, thinking_family
+from penstock.core.errors import EngineError
+from penstock.core.signals import (
+    Broke,
+    Cancelled,
+    ClientLagged,
+    ClientLeft,
+    ClockTicked,
+    Draining,
+    EngineAnswered,
+    EngineClosed,
+    EngineRefused,
+    Signal,
+)
 from support import chunks
 from support.chunks import Json
+from support.playbook import FAMILY_NAMES, STARTED
 
 Drawn = TypeVar("Drawn")
 
@@ -100,21 +113,7 @@ MARKERS = (
 HALVES = ("<thi", "</thin", "<tool_cal", "</tool_", "<", "</", "[", "[/TH", "<|", "<|chan", "§", "STO", "ST")
 WORDS = ("Hello", " world", "a", "1", "STOP", "assistant", "analysis", "commentary", "final", "to=functions.f ", "{}")
 
-CUSTOM = Family(
-    "custom",
-    ("custom*",),
-    start="before",
-    start_without_thinking="answer",
-    states={
-        "before": State("answer", {"§§": "thought", "§!": "call"}, otherwise="answer"),
-        "thought": State("reasoning", {"§§": "before"}),
-        "answer": State("answer", {"§!": "call"}),
-        "call": State("tool", {"§!": "before"}, syntax="hermes"),
-    },
-)
-BARE = thinking_family("bare", ("bare*",), reasoning=None)
-ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES, CUSTOM, BARE)
-families = st.sampled_from(ALL_FAMILIES)
+families = st.sampled_from(FAMILY_NAMES)
 policies = st.sampled_from(["separate", "hide", "inline"])
 
 fragments = st.one_of(
@@ -313,3 +312,29 @@ garbage = st.one_of(
         ]
     ),
 )
+
+# --- What else may happen -------------------------------------------------------------------------
+
+_TIMES = st.sampled_from([0.0, 0.5, 1.0, 1.5, 20.0, 40.0, 599.0, 601.0]).map(lambda seconds: seconds + STARTED)
+_RESET = EngineError("engine_connection", "the connection was reset")
+_REFUSALS = st.sampled_from([b"", b"{}", b'{"error": {"message": "no", "code": 429}}', b"\xff", b"[" * 3000])
+
+
+@st.composite
+def signals(draw: st.DrawFn) -> Signal:
+    """Anything but bytes of the engine."""
+    now = draw(_TIMES)
+    kinds: list[Callable[[], Signal]] = [
+        lambda: EngineClosed(draw(st.sampled_from([None, _RESET])), now),
+        lambda: ClientLeft(now),
+        lambda: ClientLagged(now),
+        lambda: Cancelled(now),
+        lambda: Draining(now),
+        lambda: Broke(now),
+        lambda: ClockTicked(now),
+        lambda: ClockTicked(now),
+        lambda: ClockTicked(now),
+        lambda: EngineRefused(draw(st.sampled_from([200, 302, 400, 404, 429, 500, 999])), draw(_REFUSALS), now),
+        lambda: EngineAnswered(draw(_REFUSALS), now),
+    ]
+    return draw(st.sampled_from(kinds))()

@@ -66,7 +66,7 @@ class VllmDetokenizer:
 @contextmanager
 def vllm_detokenizer() -> Iterator[VllmDetokenizer]:
     """The process, from its start to its end. Raises `EngineUnavailable` without vLLM's interpreter."""
-    command = [interpreter(), "-m", "support.vllm_detokenizer"]
+    command = [str(interpreter()), "-m", "support.vllm_detokenizer"]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -132,7 +132,23 @@ class _ChoiceChannels:
             self._emit(state, item, out)
             return
         self._extras.keep(item)
-        self._held = self._scan(self._held + item.text, out)
+        scan = self._scan_hiding if self._policy == "hide" else self._scan
+        self._held = scan(self._held + item.text, out)
+
+    def _scan_hiding(self, text: str, out: list[Event]) -> str:
+        """Logprobs and ids do not say which text of a chunk is theirs: where some of it is hidden, none are told."""
+        said: list[Event] = []
+        held = self._scan(text, said)
+        is_hiding = held and self._state.channel == "reasoning"
+        is_hiding = is_hiding or any(isinstance(event, Withheld) and event.kind == "hidden" for event in said)
+        for event in said:
+            if isinstance(event, Text):
+                if is_hiding:
+                    event.logprobs = event.token_ids = None
+                _append(event, out)
+            else:
+                out.append(event)
+        return held
 
     def _scan(self, text: str, out: list[Event]) -> str:
         """Walks from marker to marker and returns what may yet become one."""

@@ -21,11 +21,12 @@ def decode_leniently(data: bytes) -> str:
 
 
 class WholeCharacters:
-    """One text field of one choice. Holds at most one unfinished character (and one joiner or flag half).
+    """One text field of one choice. Holds at most one unfinished character (and one joiner and flag half).
 
     A delta never ends after a zero-width joiner or between the two letters of a flag: there the visible
-    character is provably unfinished. A joiner or combining mark that follows a whole character cannot be
-    foreseen without delaying every token by one, so it may start the next delta.
+    character is provably unfinished. (Of joiners in a row, which join nothing, only the last is held.) A joiner
+    or combining mark that follows a whole character cannot be foreseen without delaying every token by one, so
+    it may start the next delta.
     """
 
     def __init__(self) -> None:
@@ -64,13 +65,13 @@ class WholeCharacters:
         return whole
 
     def _hold_unfinished(self, text: str) -> str:
-        if not text:
-            return text
-        last = text[-1]
-        if last == _ZWJ or (_FLAG_LETTERS[0] <= last <= _FLAG_LETTERS[1] and _odd_flag_letters(text)):
-            self._held = last + self._held
-            return text[:-1]
-        return text
+        end = len(text)
+        if end and _FLAG_LETTERS[0] <= text[-1] <= _FLAG_LETTERS[1] and _odd_flag_letters(text):
+            end -= 1
+        if end and text[end - 1] == _ZWJ:
+            end -= 1
+        self._held = text[end:] + self._held
+        return text[:end]
 
 
 def _raw(run: re.Match[str]) -> bytes:

@@ -401,7 +401,8 @@ class Exchange:
     def _end(self, ending: Ending, failure: Failed | None, now: float) -> list[Command]:
         """Any ending but success: what was held, the error, then every open thing is closed as incomplete."""
         if failure is not None and self._phase is _Phase.WAITING and self._seq == 0:
-            return self._respond_problem(ending, _problem_of(failure), now)
+            refused = failure.status < 500 and ending is Ending.ENGINE_ERROR
+            return self._respond_problem(Ending.REFUSED if refused else ending, _problem_of(failure), now)
         held = self._blocks.feed(self._accounting.feed(self._let_go()))
         ends = [event for event in held if isinstance(event, ToolEnded) and event.status == "incomplete"]
         reason: FinishReason = "cancelled" if failure is None else "error"
@@ -478,9 +479,9 @@ def _told(problem: Problem) -> Failed:
 
 
 def _problem_of(failure: Failed) -> Problem:
-    """An error that came in band before anything was sent becomes a real HTTP answer."""
+    """An error that came in band before anything was sent becomes a real HTTP answer, as if it had come as one."""
     return EngineError(
-        failure.code,
+        "engine_refused" if failure.status < 500 else failure.code,
         failure.message,
         status=failure.status,
         retryable=failure.retryable,

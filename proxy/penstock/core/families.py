@@ -5,6 +5,7 @@ leads to which state; `docs/reference/model_families.md` draws them. A family is
 code, by `families:` in the settings.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -67,13 +68,30 @@ class Family:
     states: Mapping[str, State]
 
     def __post_init__(self) -> None:
+        """Refuses what cannot work now, not at the first token."""
         wanted = {self.start, self.start_without_thinking}
         for state in self.states.values():
-            _ = state.markers  # refuses unusable markers now, not at the first token
+            _ = state.markers
             wanted |= set(state.on.values()) | {target for _, target in state.headers}
             wanted |= {state.otherwise} if state.otherwise else set()
         if missing := wanted - set(self.states):
             raise ValueError(f"family {self.name!r} leads to states that it does not have: {sorted(missing)}")
+        for name, state in self.states.items():
+            self._check(name, state)
+
+    def _check(self, name: str, state: State) -> None:
+        place = f"state {name!r} of family {self.name!r}"
+        for pattern, _ in state.headers:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{place}: the header {pattern!r} is no regular expression: {error}") from None
+        if state.otherwise is None:
+            return
+        if self.states[state.otherwise].otherwise is not None:  # two of them would pass the text on for ever
+            raise ValueError(f"{place}: otherwise must lead to a state that has none, but {state.otherwise!r} has one")
+        if spaced := [marker for marker in state.on if marker[0].isspace()]:
+            raise ValueError(f"{place} holds white space before its markers, so none may begin with it: {spaced}")
 
     @cached_property
     def without_tools(self) -> "Family":

@@ -24,7 +24,7 @@ from penstock.core.request import StreamRequest
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 # The id that ended a choice is no part of its text.
-_ENDED_BY_TOKEN = ("eos", "stop_token")
+_ENDED_BY_TOKEN = ("eos", "stop_token", "grammar")
 
 
 class TaggedReader:

@@ -12,7 +12,8 @@ ANONYMOUS = "anonymous"
 
 def hash_key(key: str) -> str:
     """The form in which a key may be stored. Keys are long and random, so one round of SHA-256 does."""
-    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+    # Bytes that are no UTF-8 come out of a header as lone surrogates; they are a wrong key, not a fault.
+    return "sha256:" + hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 class Keyring:

@@ -31,6 +31,8 @@ _log = logging.getLogger("penstock")
 CHAT = "/v1/chat/completions"
 STREAMS = "/v1/streams"
 _RETRY_SECONDS = "1"
+# nginx's status for a client that left before its answer; nobody is there to see it but the trace.
+_CLIENT_GONE = 499
 # Read while importing, not while serving: reading a file blocks.
 _SCHEMA = resources.files("penstock.core").joinpath("schema-1.0.json").read_bytes()
 
@@ -49,7 +51,7 @@ class Server:
     def __init__(self, settings: Settings, keyring: Keyring, engine: Engine, telemetry: Telemetry) -> None:
         self._settings = settings
         self._keyring = keyring
-        self._engine = engine
+        self.engine = engine
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
         self._streams: dict[str, _OpenStream] = {}
@@ -115,10 +117,13 @@ class Server:
             request = await self._read(http, streams)
             family = self._family(request)
         except Problem as problem:
-            trace.refuse(problem.code)
+            trace.refuse(problem.code, problem.status)
             raise
-        except web.HTTPException:
-            trace.refuse("request_too_large")
+        except web.HTTPException as error:
+            trace.refuse("request_too_large", error.status)
+            raise
+        except asyncio.CancelledError:
+            trace.refuse("client_gone", _CLIENT_GONE)
             raise
         headers = self._engine_headers(http, trace, request, stream_id)
         reader, source = self._choose_source(stream_id, family, request, headers)
@@ -129,7 +134,7 @@ class Server:
             exchange,
             client,
             source,
-            self._engine,
+            self.engine,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             buffer_bytes=self._settings.limits.buffer_bytes,
@@ -153,12 +158,12 @@ class Server:
     def _engine_headers(
         self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str
     ) -> dict[str, str]:
-        headers = dict(trace.call_engine(request, self._engine.address, self._engine.port))
+        headers = dict(trace.call_engine(request, self.engine.address, self.engine.port))
         return {**headers, "X-Request-Id": stream_id, **self._passed_authorization(http)}
 
     def _passed_authorization(self, http: web.Request) -> dict[str, str]:
         """Without keys of our own the caller's key is the engine's business, as if we were not there."""
-        if self._keyring or hdrs.AUTHORIZATION not in http.headers or self._engine.upstream.api_key is not None:
+        if self._keyring or hdrs.AUTHORIZATION not in http.headers or self.engine.upstream.api_key is not None:
             return {}
         return {"Authorization": http.headers[hdrs.AUTHORIZATION]}
 
@@ -166,14 +171,14 @@ class Server:
         self, stream_id: str, family: Family, request: StreamRequest, headers: dict[str, str]
     ) -> tuple[TaggedReader | None, Source]:
         """Tagged tokens where the engine offers them and the request allows, vLLM's own chunks otherwise."""
-        plugin = self._engine.plugin
+        plugin = self.engine.plugin
         vocabulary = plugin.vocabulary if plugin is not None else None
         if plugin is not None and vocabulary is not None and request.streams and request.needs_engine_text is None:
             reader = TaggedReader(request, vocabulary, f"chatcmpl-{stream_id}", plugin.model_name(request.model))
             return reader, TaggedAnswer(plugin, request.engine_body, headers, family)
         most = self._settings.limits.stream_bytes
         body, streams = request.engine_body, request.streams
-        return None, PlainAnswer(self._engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
+        return None, PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
 
     def _admit(self, http: web.Request) -> str:
         principal = self._keyring.authenticate(http.headers)
@@ -183,9 +188,13 @@ class Server:
         return principal
 
     async def _read(self, http: web.Request, streams: bool | None) -> StreamRequest:
-        upstream = self._engine.upstream
+        upstream = self.engine.upstream
+        try:
+            body = await http.read()
+        except web.RequestPayloadError:
+            raise CallerError("invalid_json", "the request body is not what its Content-Encoding says") from None
         return read_request(
-            await http.read(),
+            body,
             streams=streams,
             running_usage=upstream.running_usage,
             engine_parses_tools=upstream.parses_tools,
@@ -210,7 +219,7 @@ class Server:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
             stream_id=stream_id,
-            upstream=self._engine.upstream.label,
+            upstream=self.engine.upstream.label,
             trace_id=trace.trace_id,
             family=family,
             reasoning=request.reasoning or self._settings.reasoning,
@@ -255,7 +264,7 @@ class Server:
 
     async def _models(self, http: web.Request) -> web.Response:
         self._keyring.authenticate(http.headers)
-        status, content_type, body = await self._engine.get("v1/models", self._passed_authorization(http))
+        status, content_type, body = await self.engine.get("v1/models", self._passed_authorization(http))
         return web.Response(status=status, body=body, content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:
@@ -267,8 +276,8 @@ class Server:
     async def _readyz(self, _http: web.Request) -> web.Response:
         if self._draining:
             return web.Response(status=503, text="draining\n")
-        if not await self._engine.is_healthy():
-            return web.Response(status=503, text=f"the engine {self._engine.upstream.label} is not healthy\n")
+        if not await self.engine.is_healthy():
+            return web.Response(status=503, text=f"the engine {self.engine.upstream.label} is not healthy\n")
         return web.Response(text="ready\n")
 
     @web.middleware
@@ -318,7 +327,7 @@ def _accepted(accept: str) -> Callable[[str], Dialect]:
         if name in _NATIVE_KINDS and _number(quality) > 0:
             wishes.append((-_number(quality), position, name))
     if not wishes:
-        message = f"Accept: {accept} is not served here; accept one of {', '.join(_NATIVE_KINDS)}"
+        message = f"Accept: {accept!a} is not served here; accept one of {', '.join(_NATIVE_KINDS)}"
         raise CallerError("not_acceptable", message, status=406)
     return _NATIVE_KINDS[min(wishes)[2]]
 

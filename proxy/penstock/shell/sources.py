@@ -104,7 +104,7 @@ class TaggedAnswer:
     async def speak(self, ear: Ear) -> None:
         self._hear = ear.hear_now
         try:
-            self._number = await self._connection.open(self._body, self._headers, self._family, self)
+            self._number = self._connection.open(self._body, self._headers, self._family, self)
         except EngineError as problem:
             await ear.hear(EngineClosed(problem, self._now()))
             return

@@ -7,6 +7,7 @@ plain chunks; it is looked for again in the background, so a vLLM that gets the 
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
@@ -23,9 +24,13 @@ _log = logging.getLogger("penstock")
 
 # A step of a full batch is some 10 kB; the plugin's outbox is 4 MiB, so nothing honest is larger.
 _MOST_MESSAGE_BYTES = 16 * 2**20
+# vLLM's server closes a WebSocket over a message of more than 16 MiB (uvicorn's ws_max_size).
+_MOST_REQUEST_BYTES = 15 * 2**20
 _PING_SECONDS = 20.0
+# How long a closing connection may take to say goodbye; its streams were told before.
+_GOODBYE_SECONDS = 1.0
 # A broken connection is looked for soon; an engine without the plugin less and less often, up to the last.
-_RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _LAST = (End, EngineFailed, Lost)
 
 
@@ -55,6 +60,8 @@ class PluginConnection:
         self._models: tuple[str, ...] = ()
         self._listeners: dict[int, Listener] = {}
         self._numbers = count(1)
+        self._failures = 0
+        self._distrusted: object = None
         self._sending: set[asyncio.Task[None]] = set()
         self._settled = asyncio.Event()
 
@@ -73,46 +80,49 @@ class PluginConnection:
 
     async def run(self) -> None:
         """Looks for the plugin until it is cancelled."""
-        told, failures = "", 0
+        told = ""
         while True:
             try:
                 await self._connect_and_listen()
-                failures = 0
                 outcome = "the plugin closed the connection"
-            except (aiohttp.ClientError, TimeoutError, OSError, FrameError, _NoPluginError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError, _NoPluginError) as error:
                 outcome = str(error) or type(error).__name__
+            except Exception:
+                _log.exception("engine %s: internal error in the connection to the plugin", self._label)
+                outcome = "internal error"
             finally:
-                self._socket = None
-                self._break_off()
                 self._settled.set()
             if outcome != told:
                 _log.info("engine %s: reading plain chunks (%s)", self._label, outcome)
                 told = outcome
-            await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)])
-            failures += 1
+            await asyncio.sleep(RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)])
+            self._failures += 1
 
-    async def open(self, body: bytes, headers: Mapping[str, str], family: Family, listener: Listener) -> int:
-        """Opens a request and returns its number. Raises `EngineError` where the connection has just gone."""
-        socket = self._socket
-        if socket is None:
+    def open(self, body: bytes, headers: Mapping[str, str], family: Family, listener: Listener) -> int:
+        """Opens a request and returns its number. Raises `EngineError` where the connection has just gone.
+
+        What the other side would close the connection for, and with it all other streams, is not sent.
+        """
+        if self._socket is None:
             raise EngineError("engine_gone", f"the connection to the plugin in {self._label} has gone")
+        if len(body) > _MOST_REQUEST_BYTES:
+            message = f"the request is larger than {_MOST_REQUEST_BYTES} bytes, the most that the engine's plugin takes"
+            raise EngineError("request_too_large", message, status=413, retryable=False)
         number = next(self._numbers)
         self._listeners[number] = listener
-        head = {"op": "open", "stream": number, "headers": dict(headers), "family": _described(family)}
-        message = orjson.dumps({**head, "request": orjson.Fragment(body)})
-        try:
-            await socket.send_str(message.decode())
-        except (ConnectionError, aiohttp.ClientError) as error:
-            self._listeners.pop(number, None)
-            raise EngineError("engine_gone", f"the connection to the plugin in {self._label} broke") from error
+        readable = {name: value for name, value in headers.items() if value.isascii()}
+        head = {"op": "open", "stream": number, "headers": readable, "family": _described(family)}
+        self._send(self._socket, orjson.dumps({**head, "request": orjson.Fragment(body)}))
         return number
 
     def abort(self, number: int) -> None:
         """Stops a stream in the engine; its listener hears nothing more."""
-        if self._listeners.pop(number, None) is None or self._socket is None:
-            return
-        message = orjson.dumps({"op": "abort", "stream": number}).decode()
-        task = asyncio.create_task(self._send_quietly(self._socket, message))
+        if self._listeners.pop(number, None) is not None and self._socket is not None:
+            self._send(self._socket, orjson.dumps({"op": "abort", "stream": number}))
+
+    def _send(self, socket: aiohttp.ClientWebSocketResponse, message: bytes) -> None:
+        """In a task of its own, so that nobody who leaves can cut it short; the tasks start in their order."""
+        task = asyncio.create_task(self._send_quietly(socket, message.decode()))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
@@ -120,40 +130,50 @@ class PluginConnection:
         try:
             await socket.send_str(message)
         except (ConnectionError, aiohttp.ClientError):
-            return  # a lost connection aborts all its streams by itself
+            return  # a lost connection tells and aborts all its streams by itself
 
     async def _connect_and_listen(self) -> None:
-        capabilities = await self._get("capabilities")
-        if reason := _unusable(capabilities):
-            raise _NoPluginError(reason)
-        if self._vocabulary is None or self._vocabulary.digest != capabilities["tokenizer"]["digest"]:
-            tokenizer = await self._get("tokenizer")
-            self._vocabulary = await asyncio.to_thread(Vocabulary, tokenizer["tokenizer_json"])
-            if self._vocabulary.digest != capabilities["tokenizer"]["digest"]:
-                raise _NoPluginError("the tokenizer does not have the digest that the plugin names")
-        self._models = tuple(capabilities.get("models", ()))
+        capabilities = _checked(await self._get("capabilities"), self._distrusted)
+        if self._vocabulary is None or self._vocabulary.digest != capabilities.digest:
+            self._vocabulary = await asyncio.to_thread(_vocabulary, await self._get("tokenizer"), capabilities.digest)
+        self._models = capabilities.models
         url = self._base.joinpath("streams").with_query(frames=VERSION)
         async with self._session.ws_connect(
-            url, headers=self._headers, heartbeat=_PING_SECONDS, max_msg_size=_MOST_MESSAGE_BYTES
+            url,
+            headers=self._headers,
+            heartbeat=_PING_SECONDS,
+            max_msg_size=_MOST_MESSAGE_BYTES,
+            timeout=aiohttp.ClientWSTimeout(ws_close=_GOODBYE_SECONDS),
         ) as socket:
             self._socket = socket
+            self._failures = 0
             self._settled.set()
-            _log.info("engine %s: reading tagged tokens from plugin %s", self._label, capabilities["plugin"])
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.BINARY:
-                    self._hand_out(read_message(message.data))
-                elif message.type is aiohttp.WSMsgType.TEXT:
-                    self._refuse(orjson.loads(message.data))
+            _log.info("engine %s: reading tagged tokens from plugin %s", self._label, capabilities.plugin)
+            try:
+                await self._listen(socket)
+            except FrameError as error:
+                self._distrusted = capabilities.versions
+                raise _NoPluginError(f"plugin {capabilities.plugin} is not used any more: {error}") from None
+            finally:
+                self._socket = None
+                self._break_off()
 
-    async def _get(self, name: str) -> dict[str, Any]:
+    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Until the connection ends. Raises `FrameError` at what is not of the contract."""
+        async for message in socket:
+            if message.type is aiohttp.WSMsgType.BINARY:
+                self._hand_out(read_message(message.data))
+            elif message.type is aiohttp.WSMsgType.TEXT:
+                self._refuse(message.data)
+            elif isinstance(message.data, aiohttp.WebSocketError):
+                raise FrameError(str(message.data))
+
+    async def _get(self, name: str) -> bytes:
         timeout = aiohttp.ClientTimeout(total=30)
         async with self._session.get(self._base.joinpath(name), headers=self._headers, timeout=timeout) as answer:
             if answer.status != 200:
                 raise _NoPluginError(f"no plugin: GET {answer.url.path} answered {answer.status}")
-            loaded = orjson.loads(await answer.read())
-            if not isinstance(loaded, dict):
-                raise _NoPluginError(f"GET {answer.url.path} answered no JSON object")
-            return loaded
+            return await answer.read()
 
     def _hand_out(self, records: list[Record]) -> None:
         """One walk through a step: the records of each stream together, to whoever opened it."""
@@ -168,10 +188,15 @@ class PluginConnection:
                 del self._listeners[number]
             listener.records(own)
 
-    def _refuse(self, message: dict[str, Any]) -> None:
-        listener = self._listeners.pop(message.get("stream", 0), None)
-        if message.get("op") == "refused" and listener is not None:
-            listener.refused(int(message["status"]), orjson.dumps(message["body"]))
+    def _refuse(self, message: str) -> None:
+        try:
+            refusal = orjson.loads(message)
+            number, status, body = refusal["stream"], int(refusal["status"]), orjson.dumps(refusal["body"])
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise FrameError(f"a text message that is no refusal ({error}): {message[:80]!r}") from None
+        listener = self._listeners.pop(number, None)
+        if listener is not None:
+            listener.refused(status, body)
 
     def _break_off(self) -> None:
         listeners, self._listeners = self._listeners, {}
@@ -183,20 +208,58 @@ class _NoPluginError(Exception):
     """This engine offers nothing that this sidecar can use; the text says why."""
 
 
-def _unusable(capabilities: Mapping[str, Any]) -> str | None:
-    if VERSION not in capabilities.get("frames", ()):
-        return f"the plugin speaks frames {capabilities.get('frames')}, this sidecar version {VERSION}"
-    if not capabilities.get("hooks", {}).get("output_tap"):
-        why = capabilities.get("problems", {}).get("output_tap", "no reason given")
-        return f"the plugin's output tap is off: {why}"
-    if not capabilities.get("tokenizer", {}).get("fast"):
-        return "the engine's tokenizer has no fast form"
-    return None
+@dataclass(frozen=True, slots=True)
+class _Capabilities:
+    """What this sidecar needs to know of a plugin that it can use."""
+
+    plugin: str
+    versions: object
+    digest: str
+    models: tuple[str, ...]
+
+
+def _checked(answer: bytes, distrusted: object) -> _Capabilities:
+    """Raises `_NoPluginError` where the plugin is of no use, or is the one that broke the contract before."""
+    try:
+        told = orjson.loads(answer)
+        versions = (told["plugin"], told.get("vllm"))
+        reason = _unusable(told)
+        if versions == distrusted:
+            reason = f"plugin {told['plugin']} is not used any more: it broke the contract"
+        if reason is None:
+            return _Capabilities(told["plugin"], versions, told["tokenizer"]["digest"], tuple(told["models"]))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        reason = f"the plugin's capabilities are not of the contract ({type(error).__name__}: {error})"
+    raise _NoPluginError(reason)
+
+
+def _unusable(told: Mapping[str, Any]) -> str | None:
+    if VERSION not in told["frames"]:
+        return f"the plugin speaks frames {told['frames']}, this sidecar version {VERSION}"
+    if not told["hooks"].get("output_tap"):
+        return f"the plugin's output tap is off: {told.get('problems', {}).get('output_tap', 'no reason given')}"
+    return None if told["tokenizer"]["fast"] else "the engine's tokenizer has no fast form"
+
+
+def _vocabulary(answer: bytes, digest: str) -> Vocabulary:
+    """A tokenizer takes a second to load: call this in a thread."""
+    try:
+        vocabulary = Vocabulary(orjson.loads(answer)["tokenizer_json"])
+    except Exception as error:  # the library raises just that for a text that is no tokenizer
+        raise _NoPluginError(f"the plugin's tokenizer cannot be read: {error}") from None
+    if vocabulary.digest != digest:
+        raise _NoPluginError("the tokenizer does not have the digest that the plugin names")
+    return vocabulary
 
 
 def _described(family: Family) -> dict[str, Any]:
     states = {
-        name: {"channel": state.channel, "on": dict(state.on), "headers": [list(pair) for pair in state.headers]}
+        name: {
+            "channel": state.channel,
+            "on": dict(state.on),
+            "otherwise": state.otherwise,
+            "headers": [list(pair) for pair in state.headers],
+        }
         for name, state in family.states.items()
     }
     return {"start": family.start, "states": states}

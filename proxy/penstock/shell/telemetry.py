@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 
 from opentelemetry import propagate, trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
@@ -44,7 +45,8 @@ class Telemetry:
 
     def begin(self, headers: Mapping[str, str], route: str, stream_id: str) -> "StreamTrace":
         """Opens the server span, child of the caller's span if `headers` name one."""
-        carrier = {name.lower(): value for name, value in headers.items()}
+        # W3C allows ASCII only, and the propagators trip over bytes that are no UTF-8.
+        carrier = {name.lower(): value for name, value in headers.items() if value.isascii()}
         context = propagate.extract(carrier)
         attributes: dict[str, AttributeValue] = {
             "http.request.method": "POST",
@@ -52,7 +54,7 @@ class Telemetry:
             "penstock.stream.id": stream_id,
         }
         span = self._tracer.start_span(f"POST {route}", context, SpanKind.SERVER, attributes)
-        return StreamTrace(self._tracer, span)
+        return StreamTrace(self._tracer, span, context)
 
     def close(self) -> None:
         if self._provider is not None:
@@ -62,9 +64,10 @@ class Telemetry:
 class StreamTrace:
     """The two spans of one stream. `finish` ends both."""
 
-    def __init__(self, tracer: trace.Tracer, server: Span) -> None:
+    def __init__(self, tracer: trace.Tracer, server: Span, context: Context) -> None:
         self._tracer = tracer
         self._server = server
+        self._context = context  # the caller's, with its baggage
         self._client: Span | None = None
 
     @property
@@ -86,10 +89,10 @@ class StreamTrace:
             "server.port": port,
         }
         known = {name: value for name, value in attributes.items() if value is not None}
-        parent = trace.set_span_in_context(self._server)
+        parent = trace.set_span_in_context(self._server, self._context)
         self._client = self._tracer.start_span(f"chat {request.model}", parent, SpanKind.CLIENT, known)
         headers: dict[str, str] = {}
-        propagate.inject(headers, trace.set_span_in_context(self._client))
+        propagate.inject(headers, trace.set_span_in_context(self._client, self._context))
         return headers
 
     def finish(self, record: RecordUsage) -> None:
@@ -99,10 +102,11 @@ class StreamTrace:
         self._server.set_attribute("penstock.ending", record.ending.value)
         self._settle(self._server, record)
 
-    def refuse(self, code: str) -> None:
-        """Ends the server span of a request that never became a stream."""
-        self._server.set_attribute("error.type", code)
-        self._server.set_status(Status(StatusCode.ERROR, code))
+    def refuse(self, code: str, status: int) -> None:
+        """Ends the server span of a request that never became a stream. The caller's faults are no errors of ours."""
+        self._server.set_attributes({"error.type": code, "http.response.status_code": status})
+        if status >= 500:
+            self._server.set_status(Status(StatusCode.ERROR, code))
         self._server.end()
 
     @staticmethod

@@ -261,7 +261,7 @@ class ChatWhole:
 
     def _rewrite(self, choice: dict[str, Any]) -> None:
         index, message = choice.get("index", 0), choice["message"]
-        if choice.get("logprobs"):
+        if (choice.get("logprobs") or {}).get("content"):
             choice["logprobs"]["content"] = self._logprobs.get(index)
         if choice.get("token_ids") is not None:
             choice["token_ids"] = self._token_ids.get(index)

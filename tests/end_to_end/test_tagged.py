@@ -1,0 +1,131 @@
+"""Plain chunks and tagged tokens give the same events, byte for byte, but for what only one of them can know."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from support.engine import Engine
+from support.http_client import NDJSON, Answer, Caller, Event, Json, calling, chat
+from support.record import CLOCK, EMOJI, PARIS, THINKING, THINKING_TOOL, TOKYO, WEATHER
+from support.scripts import Script
+from support.sidecar import sidecar
+from support.sockets import until
+
+pytestmark = pytest.mark.engine
+
+# The stream's own name and clock, the ids that vLLM draws for its calls, and vLLM's own extra fields.
+OWN = {"stream_id", "ts", "seq", "duration_ms", "ttft_ms", "events", "call_id", "ext"}
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same request over both paths."""
+
+    plain: Caller
+    tagged: Caller
+
+    async def ask(self, **request: Any) -> tuple[Answer, Answer]:
+        return await self.plain.stream(NDJSON, **request), await self.tagged.stream(NDJSON, **request)
+
+
+@pytest.fixture
+async def both(engine: Engine) -> AsyncIterator[Both]:
+    """An engine whose tool parser Penstock does without: the calls are read from the text on both paths."""
+    inline = {"parses_tools": False}
+    async with (
+        sidecar(engine.url, inline) as plain,
+        sidecar(engine.url, {**inline, "plugin": "auto"}) as tagged,
+        calling(plain.url) as plain_caller,
+        calling(tagged.url) as tagged_caller,
+    ):
+        plugin = tagged.server.engine.plugin
+        assert plugin is not None
+        assert plugin.vocabulary is not None, "the engine of these tests has the plugin"
+        yield Both(plain_caller, tagged_caller)
+
+
+def essence(answer: Answer, *more: str) -> list[Event]:
+    """The log without `OWN`, ticks, and the cuts between deltas, which time decides on both paths."""
+    out: list[Event] = []
+    for event in answer.events:
+        if event["type"] == "usage" and not event["final"]:
+            continue
+        kept = {name: value for name, value in event.items() if name not in OWN and name not in more}
+        last = out[-1] if out else {"type": None}
+        if "text" in kept and last["type"] == kept["type"] and last["block"] == kept["block"]:
+            last["text"] += kept["text"]
+            for name in {"token_ids", "logprobs"} & kept.keys():
+                last[name] = last.get(name, []) + kept[name]
+        else:
+            out.append(kept)
+    return out
+
+
+SCRIPTS: dict[str, Json] = {
+    "thinking": {"texts": (THINKING,)},
+    "emoji, a byte a token": {"texts": (EMOJI,), "bytewise": True},
+    "a tool call": {"texts": (THINKING_TOOL,), "tools": [WEATHER]},
+    "two tool calls": {"texts": (f"{PARIS}\n{TOKYO}",), "tools": [WEATHER, CLOCK]},
+    "two choices": {"texts": (THINKING, EMOJI)},
+    "thinking never closed": {"texts": ("<think>\nOn and on.",), "max_tokens": 6},
+    "cut in the middle of an emoji": {"texts": ("Hi 👩‍👩‍👧",), "bytewise": True, "max_tokens": 5},
+    "token ids": {"texts": (THINKING,), "return_token_ids": True},
+    "special tokens shown": {"texts": ("Hi<|im_start|>there",), "skip_special_tokens": False},
+    "special tokens cut out": {"texts": ("Hi<|im_start|>there",)},
+    "a stop token": {"texts": ("Hello! How can I",), "stop_token_ids": [33]},
+    "hidden reasoning": {"texts": (THINKING_TOOL,), "tools": [WEATHER], "penstock": {"reasoning": "hide"}},
+    "inline reasoning": {"texts": (EMOJI,), "penstock": {"reasoning": "inline"}},
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+async def test_both_paths_give_the_same_events(both: Both, script: Script, name: str) -> None:
+    fields = dict(SCRIPTS[name])
+    plain, tagged = await both.ask(**script(*fields.pop("texts"), bytewise=fields.pop("bytewise", False), **fields))
+    assert essence(tagged, "cached_tokens") == essence(plain, "cached_tokens")
+
+
+async def test_our_own_stop_string_cuts_both_paths_at_the_same_character(both: Both, script: Script) -> None:
+    plain, tagged = await both.ask(**script(THINKING, penstock={"stop": ["How can"]}))
+    # The tokens around the cut are counted with the piece that they came in, and the pieces are a matter of time.
+    counts = ("cached_tokens", "answer_tokens", "delivered_tokens", "completion_tokens")
+    assert essence(tagged, *counts, "bytes") == essence(plain, *counts, "bytes")
+    assert tagged.finish()["stop"] == "How can"
+
+
+async def test_what_needs_the_engines_own_text_falls_back_to_plain_chunks(both: Both, script: Script) -> None:
+    for fields in ({"stop": ["can"]}, {"logprobs": True, "top_logprobs": 1}):
+        plain, tagged = await both.ask(**script(THINKING, **fields))
+        assert essence(tagged, "cached_tokens") == essence(plain, "cached_tokens")
+        assert tagged.finish()["raw_reason"] == "stop"
+
+
+async def test_a_refusal_is_the_same_http_status_and_body(both: Both) -> None:
+    for fields in ({"model": "nobody"}, {"temperature": -1}, {"structured_outputs": {"regex": "("}}):
+        plain, tagged = await both.ask(**fields)
+        assert (tagged.status, tagged.error["code"]) == (plain.status, plain.error["code"])
+        assert tagged.status >= 400
+
+
+async def test_sixty_four_streams_at_once(both: Both, script: Script) -> None:
+    texts = [f"<think>\nNumber {n} 🤔\n</think>\n\nIt is {n} 你好." for n in range(64)]
+    answers = await asyncio.gather(*(both.tagged.stream(NDJSON, **script(text, pause_ms=5)) for text in texts))
+    for text, answer in zip(texts, answers, strict=True):
+        assert f"<think>{answer.reasoning()}</think>{answer.text()}" == text
+        assert answer.end["status"] == "completed"
+
+
+async def test_a_client_that_leaves_ends_the_generation(both: Both, engine: Engine, script: Script) -> None:
+    body = chat(**script("Hello! ", eos=False, pause_ms=10, max_tokens=2000))
+    task = asyncio.create_task(both.tagged.post("/v1/streams", body, {"Accept": NDJSON}))
+    await until(lambda: _is_running(engine, 1))
+    task.cancel()
+    await asyncio.wait({task})
+    await until(lambda: _is_running(engine, 0))
+
+
+async def _is_running(engine: Engine, count: int) -> bool:
+    return await asyncio.to_thread(engine.running_requests) == count
