@@ -152,14 +152,15 @@ def open_exchange(
     body: Json | None = None,
     *,
     dialect: DialectName = "ndjson",
-    family: str | None = None,
+    family: Family | str | None = None,
     reasoning: ReasoningPolicy | None = None,
     bounds: Bounds = GENEROUS,
     **changed_bounds: Any,
 ) -> Exchange:
-    """An exchange as the shell would make it for this request."""
+    """An exchange as the shell would make it for this request; `family` is one of its own or the name of a known one."""
     request = read_request(json.dumps(body or ask()).encode(), streams=dialect != "chat_whole")
-    chosen = choose_family(ALL_FAMILIES, request.model, family or request.family)
+    named = family or request.family
+    chosen = named if isinstance(named, Family) else choose_family(ALL_FAMILIES, request.model, named)
     assert chosen is not None
     policy = reasoning or request.reasoning or "separate"
     setting = Setting(STREAM_ID, "vllm", None, chosen, policy, replace(bounds, **changed_bounds), STARTED, EPOCH_MS)

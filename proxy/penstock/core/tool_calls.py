@@ -288,7 +288,8 @@ class _HermesReader:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._head = ""
+        self._pieces: list[str] = []
+        self._size = 0
         self._tail = ""
         self._end: _ObjectEnd | None = None
         self._over = False
@@ -299,15 +300,16 @@ class _HermesReader:
             return text, ""
         if self._end is not None:
             return self._take(self._end, text)
-        is_open = len(self._head) < _MOST_HEAD
-        self._head += text
-        found = _HERMES_HEAD.match(self._head, 0, _MOST_HEAD) if is_open else None
+        self._pieces.append(text)
+        head = "".join(self._pieces) if self._size < _MOST_HEAD else ""
+        self._size += len(text)
+        found = _HERMES_HEAD.match(head, 0, _MOST_HEAD)
         name = _json_string(found.group(1)) if found else None
         if found is None or name is None:
             return "", ""
         self.name = name
         self._end = _ObjectEnd()
-        markup, arguments = self._take(self._end, self._head[found.end() :])
+        markup, arguments = self._take(self._end, head[found.end() :])
         return found.group() + markup, arguments
 
     def close(self) -> tuple[str, str, str | None]:
@@ -327,9 +329,10 @@ class _HermesReader:
 
     def _read_whole(self) -> tuple[str, str, str | None]:
         """A call in another order than the usual one, or none at all; then all of it is shown as its arguments."""
-        found = _split_call(self._head)
+        text = "".join(self._pieces)
+        found = _split_call(text)
         if found is None:
-            return "", self._head, "the call is not a JSON object with a name and arguments"
+            return "", text, "the call is not a JSON object with a name and arguments"
         self.name, markup, arguments = found
         return markup, arguments, None
 
