@@ -608,6 +608,14 @@ def test_an_answer_that_the_engine_gave_up_is_an_error_as_with_chunks(cause: str
     assert said(tagged.events, "cached_tokens") == said(plain.events, "cached_tokens")
 
 
+def test_one_choice_of_two_that_the_engine_gave_up_ends_both() -> None:
+    spoken = message(begin(), *tokens(QWEN.encode("a")), *tokens(QWEN.encode("b"), 1))
+    outcome = play_tagged(ask(n=2), [spoken, message(ended(1, "error", "error"))])
+    assert outcome.one("error")["code"] == "engine_error"
+    assert [outcome.finishes()[number]["reason"] for number in (0, 1)] == ["error", "error"]
+    assert outcome.usage()["estimated"] is True, "the other choice was not over"
+
+
 @pytest.mark.parametrize(
     ("records", "words"),
     [

@@ -16,17 +16,26 @@ def script(engine: Engine) -> Script:
     return Script(engine)
 
 
+@pytest.fixture(params=["off", "auto"], ids=["plain", "tagged"])
+def plugin(request: pytest.FixtureRequest) -> str:
+    """vLLM's own chunks, or the plugin's tagged tokens."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def penstock(engine: Engine, no_blocking_calls: BlockBuster) -> AsyncIterator[Caller]:
+async def penstock(engine: Engine, plugin: str, no_blocking_calls: BlockBuster) -> AsyncIterator[Caller]:
     """Penstock in front of the engine as it is deployed with vLLM's own parsers."""
-    async with sidecar(engine.url) as running, calling(running.url) as caller:
+    async with sidecar(engine.url, {"plugin": plugin}) as running, calling(running.url) as caller:
         yield caller
 
 
 @pytest.fixture
-async def inline_penstock(engine: Engine, no_blocking_calls: BlockBuster) -> AsyncIterator[Caller]:
+async def inline_penstock(engine: Engine, plugin: str, no_blocking_calls: BlockBuster) -> AsyncIterator[Caller]:
     """The same for an engine without a tool parser: Penstock reads the calls from the text."""
-    async with sidecar(engine.url, {"parses_tools": False}) as running, calling(running.url) as caller:
+    async with (
+        sidecar(engine.url, {"parses_tools": False, "plugin": plugin}) as running,
+        calling(running.url) as caller,
+    ):
         yield caller
 
 

@@ -29,9 +29,13 @@ ROUTES: dict[str, tuple[str, str, bool]] = {
 
 
 @pytest.fixture
-async def impatient(engine: Engine) -> AsyncIterator[Caller]:
+async def impatient(engine: Engine, plugin: str) -> AsyncIterator[Caller]:
     """Penstock that sends its head, and with it the stream's id, without waiting for the engine's first word."""
-    async with sidecar(engine.url, timing__first_byte_seconds=0.05) as running, calling(running.url) as caller:
+    upstream = {"plugin": plugin}
+    async with (
+        sidecar(engine.url, upstream, timing__first_byte_seconds=0.05) as running,
+        calling(running.url) as caller,
+    ):
         yield caller
 
 

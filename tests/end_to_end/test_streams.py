@@ -199,6 +199,7 @@ async def test_the_engines_own_count_is_the_bill(penstock: Caller, direct: Calle
     assert answer.usage["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.parametrize("plugin", ["off"])  # only vLLM's own chunks have such fields
 async def test_fields_that_the_schema_has_no_place_for_travel_along(penstock: Caller, script: Script) -> None:
     answer = await penstock.stream(**script("Hi!", return_token_ids=True))
     ext = {name for event in answer.events for name in event.get("ext", {})}

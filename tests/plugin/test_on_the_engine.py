@@ -279,13 +279,14 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "unknown model": {"model": "nobody"},
     "no messages": {"messages": None},
     "messages that are a number": {"messages": 3},
-    "a wrong role": {"messages": [{"role": "nobody", "content": "hi"}]},
+    "a message without a role": {"messages": [{"content": "hi"}]},
     "too long": {"messages": [{"role": "user", "content": "word " * 5000}]},
     "too many tokens": {"max_tokens": 10_000_000},
     "a temperature below zero": {"temperature": -1},
     "several choices without chance": {"n": 2, "temperature": 0},
     "a script that is none": {"vllm_xargs": {"script": ["a"]}},
     "a regular expression that is none": {"structured_outputs": {"regex": "("}},
+    "a grammar that is none": {"structured_outputs": {"grammar": "root ::= ("}},
     "a schema that is none": {"response_format": {"type": "json_schema"}},
 }
 
@@ -295,12 +296,9 @@ async def test_a_bad_request_is_refused_in_vllms_own_words(client: PluginClient,
     request = {**chat(), **BAD_REQUESTS[case]}
     refused = await client.refusal(await client.open(**request))
     plain = await direct.post("/v1/chat/completions", {**request, "stream": True})
-    assert refused == (plain.status, plain.json)
-
-
-async def test_a_grammar_that_is_none_is_a_real_refusal(client: PluginClient) -> None:
-    status, body = await client.refusal(await client.open(**chat(structured_outputs={"grammar": "root ::= ("})))
-    assert (status, body["error"]["type"]) == (400, "BadRequestError")
+    # What shows only inside the generation is an error frame on vLLM's route; here it is still a refusal.
+    error = plain.chunks[0] if plain.status == 200 else plain.json
+    assert refused == (error["error"]["code"], error)
 
 
 async def test_what_needs_text_is_refused_and_the_connection_goes_on(client: PluginClient, script: Script) -> None:

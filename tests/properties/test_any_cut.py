@@ -42,14 +42,14 @@ def assert_cut_does_not_matter(data: bytes, cuts: Sequence[int], body: Json = RE
         assert summary(parts) == summary(uncut)
 
 
-@thorough(1000)
+@thorough(700)
 @given(st.data(), streams(), families, policies)
 def test_a_stream(data: st.DataObject, frames: list[bytes], family: str, policy: Any) -> None:
     body = data.draw(spelled(frames))
     assert_cut_does_not_matter(body, data.draw(cuts(len(body))), family=family, reasoning=policy)
 
 
-@thorough(1000)
+@thorough(600)
 @given(st.data(), st.lists(garbage, max_size=4), streams())
 def test_a_stream_with_things_that_nobody_should_say(
     data: st.DataObject, bad: list[bytes], frames: list[bytes]

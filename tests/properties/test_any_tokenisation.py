@@ -46,7 +46,7 @@ def said(pieces: list[str], request: Json, family: str, policy: ReasoningPolicy,
     return play(request, chunks.answer_of(pieces, reason), family=family, reasoning=policy)
 
 
-@thorough(1500)
+@thorough(1200)
 @given(st.data(), model_texts, families, policies, st.booleans(), st.sampled_from(["stop", "length"]))
 def test_raw_text(data: st.DataObject, text: str, family: str, policy: Any, offers: bool, reason: str) -> None:
     request = ask(tools=TOOLS if offers else [])

@@ -22,7 +22,7 @@ def request(stop: list[str], choices: int) -> Json:
     return ask(n=choices, tools=TOOLS, **options)
 
 
-@thorough(1500)
+@thorough(1000)
 @given(st.data(), model_texts, families, policies)
 def test_the_bytes_of_a_whole_answer(data: st.DataObject, text: str, family: str, policy: Any) -> None:
     pieces = data.draw(pieces_of(text))
@@ -36,7 +36,7 @@ def test_the_bytes_of_a_whole_answer(data: st.DataObject, text: str, family: str
     assert sizes["stop"] == sizes["moderation"] == 0
 
 
-@thorough(1500)
+@thorough(1000)
 @given(st.data(), streams(), families, policies, stops, signals())
 def test_a_stream_that_breaks_off(
     data: st.DataObject, frames: list[bytes], family: str, policy: Any, stop: list[str], signal: Any

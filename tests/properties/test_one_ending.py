@@ -46,7 +46,7 @@ steps = st.lists(
 )
 
 
-@thorough(2500)
+@thorough(2000)
 @given(steps, requests, streamed, families, policies)
 def test_any_order_of_anything(said: list[Step], request: Any, dialect: Any, family: str, policy: Any) -> None:
     setting = {"dialect": dialect, "family": family, "reasoning": policy, "line_bytes": 2000, "stream_bytes": 20_000}

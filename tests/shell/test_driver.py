@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
+from penstock.core.engine_stream import ChatReader
+from penstock.core.events import Event
 from penstock.core.verifier import parse_log, verify
 from penstock.shell import engine as shell_engine
 from support import chunks
@@ -52,7 +54,9 @@ async def headers_only(request: web.Request) -> web.StreamResponse:
 async def two_words(request: web.Request) -> web.StreamResponse:
     """An engine that stops in the middle."""
     response = await opened(request)
-    await response.write(chunks.role() + chunks.content("Hello", tokens=1) + chunks.content(" you", tokens=2))
+    await response.write(chunks.role() + chunks.content("Hello", tokens=1))
+    await asyncio.sleep(0.02)
+    await response.write(chunks.content(" you", tokens=2))
     await silence()
     return response
 
@@ -430,6 +434,37 @@ async def test_an_engine_that_takes_no_connection_is_a_504_in_time() -> None:
         async with sidecar(url, timing__connect_seconds=0.2) as running, calling(running.url) as caller:
             answer = await caller.stream()
             assert (answer.status, answer.error["code"], answer.error["retryable"]) == (504, "engine_timeout", True)
+
+
+# --- Our own faults ---------------------------------------------------------------------------------
+
+
+@forms
+async def test_a_fault_of_our_own_ends_the_stream_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, route: str, accept: str
+) -> None:
+    app, seen = engine_app(two_words)
+    break_down_at(monkeypatch, b" you")
+    async with in_front_of(app) as setup:
+        answer = await setup.caller.post(route, chat(stream=True), {"Accept": accept})
+        assert_failed(answer, route, "internal_error")
+        assert b"Hello" in answer.body
+        assert f"stream {answer.headers['X-Stream-Id']}: internal error" in caplog.text
+        assert "out of order" in caplog.text
+        await until(lambda: seen.open == 0)
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
+def break_down_at(monkeypatch: pytest.MonkeyPatch, words: bytes) -> None:
+    """Makes the reader of engines fail as soon as it sees `words`."""
+    feed = ChatReader.feed
+
+    def broken(reader: ChatReader, data: bytes) -> list[Event]:
+        if words in data:
+            raise RuntimeError("out of order")
+        return feed(reader, data)
+
+    monkeypatch.setattr(ChatReader, "feed", broken)
 
 
 # --- Many at once -----------------------------------------------------------------------------------

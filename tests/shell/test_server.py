@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from penstock.core.verifier import parse_log, verify
+from penstock.shell import server
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Json, calling, chat
 from support.sidecar import sidecar
@@ -462,6 +463,20 @@ async def test_a_client_may_leave_before_anything_was_answered() -> None:
             )
         await until(lambda: seen.left == 1)
         await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_fault_of_our_own_before_the_stream_is_a_500(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, route: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(server, "read_request", broken)
+    answer = await setup.caller.post(route, chat())
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert "out of order" not in answer.error["message"]
+    assert "out of order" in caplog.text
 
 
 async def test_the_log_of_a_stream_is_parsed_by_its_own_reader(setup: Setup) -> None:

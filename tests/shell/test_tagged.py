@@ -13,12 +13,16 @@ from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from penstock import app
+from penstock.core.errors import EngineError
+from penstock.core.families import FAMILIES
 from penstock.core.frames import Begin, EngineFailed, Finish, Lost, Record, Tag, Tokens
 from penstock.core.verifier import parse_log, verify
 from penstock.settings import load_settings
 from penstock.shell import tagged
+from penstock.shell.tagged import PluginConnection
 from support.fake_plugin import PLAIN_ANSWER, PROMPT_TOKENS, FakePlugin, OpenedStream, fake_plugin, socket_path
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Caller, Json, calling, chat
 from support.sidecar import Sidecar, sidecar
@@ -356,6 +360,64 @@ async def test_a_lost_connection_ends_its_streams_and_is_found_again(setup: Setu
     assert (await again).text() == "Hello"
 
 
+async def test_what_cannot_be_sent_any_more_is_nobodys_fault(
+    early_head: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that breaks ends its streams by itself, so that an abort may fail to be sent."""
+    tried = asyncio.Event()
+
+    async def broken(*_: object) -> None:
+        tried.set()
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    async with early_head.caller.opened(STREAMS, chat()):
+        await early_head.plugin.opened(1)
+        monkeypatch.setattr(aiohttp.ClientWebSocketResponse, "send_str", broken)
+    await asyncio.wait_for(tried.wait(), 5)
+    await until(lambda: early_head.sidecar.server.open_streams == 0)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_connection_that_is_not_there_opens_nothing() -> None:
+    async with aiohttp.ClientSession() as session:
+        connection = PluginConnection(session, URL("http://127.0.0.1:1"), {}, "engine")
+        assert connection.vocabulary is None
+        told: list[EngineError] = []
+        with pytest.raises(EngineError, match="has gone") as gone:
+            connection.open(b"{}", {}, FAMILIES[0], Deaf(told))
+    assert (gone.value.code, told) == ("engine_gone", [])
+
+
+class Deaf:
+    """A listener that keeps what it was told of a broken connection."""
+
+    def __init__(self, told: list[EngineError]) -> None:
+        self._told = told
+
+    def records(self, records: list[Record]) -> None:
+        raise AssertionError
+
+    def refused(self, status: int, body: bytes) -> None:
+        raise AssertionError
+
+    def broke(self, problem: EngineError) -> None:
+        self._told.append(problem)
+
+
+async def test_a_fault_of_our_own_is_logged_and_does_not_end_the_search(
+    plugin: FakePlugin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(tagged, "RETRY_SECONDS", (0.02,))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tagged, "_checked", broken)
+    async with in_front_of(plugin) as setup:
+        await until(lambda: setup.is_connected)
+    assert "internal error in the connection to the plugin" in caplog.text
+
+
 @pytest.mark.usefixtures("never_again")
 async def test_without_a_connection_requests_are_served_in_plain_chunks(setup: Setup) -> None:
     setup.plugin.drop()
@@ -407,6 +469,7 @@ async def test_records_against_the_order_end_their_stream_only(setup: Setup) -> 
 async def test_records_of_streams_that_nobody_opened_are_nothing(setup: Setup) -> None:
     answer, stream = await setup.asks()
     unknown: list[Record] = [Begin(4_000_000, 1, 0, ()), Tokens(4_000_000, 0, Tag.ANSWER, (1,)), Lost(0, 1)]
+    await setup.plugin.refuse(OpenedStream(4_000_000, {}, {}, {}), 400, {})
     await setup.plugin.send(*unknown, *stream.whole("Hello"), *unknown)
     assert (await answer).text() == "Hello"
     assert setup.is_connected

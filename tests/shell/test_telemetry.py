@@ -17,8 +17,18 @@ from penstock.shell import telemetry
 from support import chunks
 from support.http_client import FOLDED, chat
 from support.otlp_receiver import CLIENT, ERROR, OK, SERVER, Receiver, receiving
-from support.sockets import until
-from support.upstreams import Handler, answering, engine_app, in_front_of, opened, replay, replayed, saying, silence
+from support.sockets import raw_request, until
+from support.upstreams import (
+    Handler,
+    answering,
+    engine_app,
+    in_front_of,
+    opened,
+    replay,
+    replayed,
+    saying,
+    silence,
+)
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 FROM_A_CALLER = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1", "baggage": "user=7"}
@@ -190,6 +200,15 @@ async def test_a_body_over_the_cap_is_a_server_span_alone(receiver: Receiver) ->
         assert (await setup.caller.stream(user="x" * 2000)).status == 413
     [span] = receiver.spans
     assert (span.attributes["error.type"], span.attributes["http.response.status_code"]) == ("request_too_large", 413)
+
+
+async def test_a_client_that_leaves_while_it_asks_is_a_server_span_alone(receiver: Receiver) -> None:
+    async with in_front_of(replay()) as setup:
+        line, headers = b"POST /v1/streams HTTP/1.1", (b"Content-Length: 100", b"Expect: 100-continue")
+        async with raw_request(setup.caller.url, line, *headers) as client:
+            assert await client.read_head() == b"HTTP/1.1 100 Continue"
+    [span] = receiver.spans
+    assert (span.status, span.attributes["error.type"]) == (OK, "client_gone")
 
 
 async def test_no_span_holds_the_conversation(receiver: Receiver) -> None:

@@ -4,6 +4,8 @@ The text is decoded here and walks through the same steps as vLLM's own chunks, 
 events. Markers that vLLM would have cut out of the text as special tokens are written out for the channel step.
 """
 
+from typing import assert_never
+
 from penstock.core.characters import WholeCharacters
 from penstock.core.detokenize import Detokenizer, Vocabulary
 from penstock.core.engine_stream import refusal_message
@@ -64,6 +66,8 @@ class TaggedReader:
                 case Lost():
                     message = "the sidecar did not keep up with the engine, which dropped this stream"
                     self._fail(Failed("engine_outbox_full", message, True, "upstream", status=503), out)
+                case _:
+                    assert_never(record)
         return out
 
     def close(self) -> list[Event]:
