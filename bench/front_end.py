@@ -13,7 +13,6 @@ import bisect
 import itertools
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -54,13 +53,15 @@ ENGINE_ARGUMENTS: Final = (
 WITH_PLUGIN: Final = {"VLLM_PLUGINS": "penstock"}
 WITHOUT_PLUGIN: Final = {"VLLM_PLUGINS": ""}
 
-# What opening the streams of a turn may take; then they run so long before the steady part begins.
-OPENING_SECONDS: Final = 2.0
-OPENING_SECONDS_A_STREAM: Final = 0.015
-SETTLE_SECONDS: Final = 0.5
+# The engine sleeps so long before the first token of a turn, so that all of its streams are open by then.
+START_MS: Final = 400
+START_MS_A_STREAM: Final = 8
+# Streams run so long before the steady part begins, and a little longer than it lasts.
+SETTLE_SECONDS: Final = 0.7
+TAIL_SECONDS: Final = 0.8
 TURN_SECONDS: Final = 120.0
 PLUGIN_SECONDS: Final = 30.0
-FLAT_TOKENS: Final = 300
+FLAT_TOKENS: Final = 400
 
 TOOL: Final = {
     "type": "function",
@@ -124,14 +125,17 @@ class Load:
     steady_seconds: float
 
     @property
+    def start_ms(self) -> int:
+        return START_MS + START_MS_A_STREAM * self.streams
+
+    @property
     def name(self) -> str:
         pace = f"{self.pause_ms} ms steps" if self.pause_ms else "flat out"
         return f"{self.streams} streams, {pace}"
 
 
 def load_of(streams: int, pause_ms: int, seconds: float) -> Load:
-    opening = OPENING_SECONDS + OPENING_SECONDS_A_STREAM * streams
-    lasting = int((opening + SETTLE_SECONDS + seconds) * 1000)
+    lasting = int((SETTLE_SECONDS + seconds + TAIL_SECONDS) * 1000)
     return Load(streams, pause_ms, lasting // pause_ms if pause_ms else FLAT_TOKENS, seconds)
 
 
@@ -173,26 +177,36 @@ def direct(engine: Engine) -> list[Way]:
     ]
 
 
-def penstock(stack: ExitStack, engine_url: str, plugin: str) -> tuple[int, int]:
-    """A sidecar's port and process; it looks for the plugin in the background, where `plugin` is auto."""
+def penstock(stack: ExitStack, engine_url: str, plugin: str, source: Path | None = None) -> tuple[int, int]:
+    """A sidecar's port and process; it looks for the plugin in the background, where `plugin` is auto.
+
+    `source` is the `proxy` directory of another checkout.
+    """
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     settings = directory / "penstock.yaml"
     settings.write_text(json.dumps({"upstreams": [{"url": engine_url, "plugin": plugin, "parses_tools": False}]}))
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "PENSTOCK_"))}
+    if source is not None:
+        environment["PYTHONPATH"] = str(source.resolve(strict=True))
     command: list[str | Path] = [sys.executable, "-m", "penstock", "serve", "--port", str(port)]
     command += ["--config", settings]
     return port, stack.enter_context(running(command, port, environment)).pid
 
 
-def through_penstock(stack: ExitStack, engine: Engine) -> list[Way]:
+def through_penstock(stack: ExitStack, engine: Engine, beside: dict[str, Path]) -> list[Way]:
     api = api_server_pid(engine)
     tagged, tagged_pid = penstock(stack, engine.url, "auto")
     plain, plain_pid = penstock(stack, engine.url, "off")
+    others = {name: penstock(stack, engine.url, "auto", source) for name, source in beside.items()}
     return [
         Way("tagged tokens, /v1/streams", tagged, STREAMS, Engine.model, api, tagged_pid),
         Way("tagged tokens, chat completions", tagged, CHAT, Engine.model, api, tagged_pid),
         Way("plain chunks, /v1/streams", plain, STREAMS, Engine.model, api, plain_pid),
+        *(
+            Way(f"tagged tokens, chat, {name}", port, CHAT, Engine.model, api, pid)
+            for name, (port, pid) in others.items()
+        ),
     ]
 
 
@@ -202,41 +216,47 @@ def open_tagged_streams(engine: Engine) -> int:
     return count
 
 
-class Meter:
-    """Passes bytes between sidecars and the engine, and counts those that the engine sends."""
+class Meter(asyncio.Protocol):
+    """One connection of a sidecar, passed on to the engine; counts what the engine sends on all of them."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine_port = int(engine.url.rpartition(":")[2])
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        self._open: set[asyncio.StreamWriter] = set()
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.received = 0
+    received = 0
 
-    async def serve(self) -> asyncio.Server:
-        return await asyncio.start_server(self._connect, sock=self._listener)
+    def __init__(self, engine_port: int) -> None:
+        self._engine_port = engine_port
 
-    def close(self) -> None:
-        for writer in self._open:
-            writer.close()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.pause_reading()
+        self._connecting = asyncio.ensure_future(self._connect())
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        engine_reader, engine_writer = await asyncio.open_connection("127.0.0.1", self._engine_port)
-        self._open |= {writer, engine_writer}
-        await asyncio.gather(
-            self._pass_on(reader, engine_writer, counts=False), self._pass_on(engine_reader, writer, counts=True)
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._engine, _ = await loop.create_connection(
+            lambda: _Counted(self._transport), "127.0.0.1", self._engine_port
         )
-        self._open -= {writer, engine_writer}
+        self._transport.resume_reading()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool) -> None:
-        try:
-            while data := await reader.read(65536):
-                self.received += len(data) if counts else 0
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            return
-        finally:
-            writer.close()
+    def data_received(self, data: bytes) -> None:
+        self._engine.write(data)
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        if self._connecting.done():
+            self._engine.close()
+
+
+class _Counted(asyncio.Protocol):
+    """The engine's side of such a connection."""
+
+    def __init__(self, sidecar: asyncio.Transport) -> None:
+        self._sidecar = sidecar
+
+    def data_received(self, data: bytes) -> None:
+        Meter.received += len(data)
+        self._sidecar.write(data)
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._sidecar.close()
 
 
 # -- a turn --------------------------------------------------------------------------------------------
@@ -280,12 +300,12 @@ class _Mark:
     metered: int
 
     @classmethod
-    def now(cls, way: Way, readers: list[Reader], meter: Meter | None) -> "_Mark":
+    def now(cls, way: Way, readers: list[Reader]) -> "_Mark":
         api = process_cpu_seconds(way.api_pid)
         sidecar = process_cpu_seconds(way.sidecar_pid) if way.sidecar_pid is not None else 0.0
         others = busy_seconds() - api - sidecar - time.process_time()
         sizes = [reader.size for reader in readers]
-        return cls(time.monotonic(), api, sidecar, others, sizes, meter.received if meter is not None else 0)
+        return cls(time.monotonic(), api, sidecar, others, sizes, Meter.received)
 
 
 def request_bytes(way: Way, load: Load, script: Script) -> bytes:
@@ -296,7 +316,7 @@ def request_bytes(way: Way, load: Load, script: Script) -> bytes:
         "stream_options": {"include_usage": True},
         "temperature": 0,
         "max_tokens": len(script.ids),
-        "vllm_xargs": {"script": script.ids, "script_pause_ms": load.pause_ms},
+        "vllm_xargs": {"script": script.ids, "script_pause_ms": load.pause_ms, "script_start_ms": load.start_ms},
     }
     if not way.is_raw:
         body["tools"] = [TOOL]
@@ -305,7 +325,7 @@ def request_bytes(way: Way, load: Load, script: Script) -> bytes:
     return head.encode() + b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
 
 
-async def take_turn(way: Way, load: Load, script: Script, meter: Meter | None = None) -> Turn:
+async def take_turn(way: Way, load: Load, script: Script) -> Turn:
     request = request_bytes(way, load, script)
     try:
         async with asyncio.timeout(TURN_SECONDS):
@@ -313,9 +333,9 @@ async def take_turn(way: Way, load: Load, script: Script, meter: Meter | None = 
             await asyncio.gather(*(_answered(reader) for reader in readers))
             if load.pause_ms:
                 await asyncio.sleep(SETTLE_SECONDS)
-            before = _Mark.now(way, readers, meter)
+            before = _Mark.now(way, readers)
             await _end_steady_part(load, readers)
-            after = _Mark.now(way, readers, meter)
+            after = _Mark.now(way, readers)
             await asyncio.wait({reader.closed for reader in readers})
         return _turn(way, script, readers, before, after)
     except (TimeoutError, ValueError, LostTokensError) as error:
@@ -414,27 +434,27 @@ async def warm_up(engine: Engine, ways: list[Way]) -> None:
 
 async def meter_bytes(engine: Engine, seconds: float) -> dict[str, float]:
     """Bytes per token from the engine to a sidecar, by way."""
+    engine_port = int(engine.url.rpartition(":")[2])
+    server = await asyncio.get_running_loop().create_server(lambda: Meter(engine_port), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     found: dict[str, float] = {}
     load = load_of(64, 30, seconds)
     script = Script(engine, load.tokens)
     for name, plugin in (("tagged tokens", "auto"), ("plain chunks", "off")):
-        meter = Meter(engine)
-        server = await meter.serve()
         with ExitStack() as stack:
-            port, pid = await asyncio.to_thread(penstock, stack, meter.url, plugin)
+            port, pid = await asyncio.to_thread(penstock, stack, url, plugin)
             way = Way(name, port, STREAMS, Engine.model, api_server_pid(engine), pid)
             await warm_up(engine, [way])
-            turn = await take_turn(way, load, script, meter)
-        meter.close()
-        server.close()
-        await server.wait_closed()
+            turn = await take_turn(way, load, script)
         found[name] = turn.metered_bytes / turn.tokens
         print_line(load=load.name, way=name, engine_bytes_per_token=round(found[name], 1))
+    server.close()
     return found
 
 
 def measure_ways(arguments: argparse.Namespace) -> None:
     loads = [load_of(*LOADS[name], arguments.seconds) for name in arguments.loads]
+    beside = {name: Path(source) for name, _, source in (other.partition("=") for other in arguments.beside)}
 
     async def run(engine: Engine, ways: list[Way]) -> tuple[Figures, dict[str, float]]:
         await warm_up(engine, ways)
@@ -442,7 +462,7 @@ def measure_ways(arguments: argparse.Namespace) -> None:
         return figures, await meter_bytes(engine, arguments.seconds)
 
     with running_engine(*ENGINE_ARGUMENTS, environment=WITH_PLUGIN) as engine, ExitStack() as stack:
-        ways = [*direct(engine), *through_penstock(stack, engine)]
+        ways = [*direct(engine), *through_penstock(stack, engine, beside)]
         figures, metered = asyncio.run(run(engine, ways))
     for load in loads:
         print_table(load, {way.name: figures[load.name, way.name] for way in ways}, metered)
@@ -538,6 +558,13 @@ def parse_arguments() -> argparse.Namespace:
         "--idle-rounds", type=int, default=2, help="engines with and without the plugin; 0: none (default %(default)s)"
     )
     parser.add_argument("--idle-turns", type=int, default=3, help="turns of each such engine (default %(default)s)")
+    parser.add_argument(
+        "--beside",
+        metavar="NAME=PROXY_DIRECTORY",
+        action="append",
+        default=[],
+        help="another checkout's proxy/ to compare with, in the same run; may be repeated",
+    )
     return parser.parse_args()
 
 

@@ -71,8 +71,7 @@ class ChatDoor:
         The random part keeps two requests apart that carry the same `x-request-id`: vLLM knows requests by it.
         """
         refuse_if_text_is_needed(request)
-        named = headers.get("x-request-id") or secrets.token_hex(8)
-        raw = _http_request(self._app, {**headers, "x-request-id": f"{named}-{secrets.token_hex(8)}"})
+        raw = _http_request(self._app, with_own_id(headers))
         try:
             body = _validated(request)
             handler = copy.copy(self._app.state.openai_serving_chat)
@@ -109,6 +108,13 @@ class ChatDoor:
             yield
         finally:
             state.server_load_metrics -= 1
+
+
+def with_own_id(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers by their lower-cased names, with a request id that no other request has."""
+    lowered = {name.lower(): value for name, value in headers.items()}
+    named = lowered.get("x-request-id") or secrets.token_hex(8)
+    return {**lowered, "x-request-id": f"{named}-{secrets.token_hex(8)}"}
 
 
 def refuse_if_text_is_needed(request: Json) -> None:
@@ -152,7 +158,7 @@ def _validated(request: Json) -> Any:
     try:
         return _request_class().model_validate({**request, "stream": True})
     except ValidationError as error:
-        located = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        located = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_url=False)]
         raise RequestValidationError(located, body=request) from error
 
 
@@ -184,7 +190,7 @@ def _http_request(app: Any, headers: Mapping[str, str]) -> Any:
         "method": "POST",
         "path": "/v1/chat/completions",
         "query_string": b"",
-        "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
         "app": app,
         "state": {},
     }

@@ -41,6 +41,7 @@ class Stream:
         self._stop_engine = stop_engine
         self._unfinished = set(range(choices))
         self._from_prompt: Tagger | None = None
+        self._choices: dict[int, Choice] = {}
 
     def begin(self, prompt: Sequence[int], prompt_tokens: int, cached_tokens: int) -> None:
         """Told once, before the first token. `prompt` is empty where it had no ids."""
@@ -51,7 +52,8 @@ class Stream:
     def choice(self, index: int) -> "Choice":
         """A choice that begins, after `begin`."""
         assert self._from_prompt is not None
-        return Choice(self, index, self._from_prompt.fork())
+        choice = self._choices[index] = Choice(self, index, self._from_prompt.fork())
+        return choice
 
     def conclude(self, reasons: Mapping[int, tuple[Cause, str]]) -> None:
         """The engine has let go of the request; `reasons` are for choices that no engine step ended (an abort)."""
@@ -74,6 +76,8 @@ class Stream:
         if self.is_over:
             return
         if self.has_begun:
+            for index in self._unfinished & self._choices.keys():
+                self._choices[index].last_tokens(())
             self.outbox.put(frames.error(self.number, status, json.dumps(body, ensure_ascii=False).encode()))
         else:
             self.outbox.put_text(self.number, refused(self.number, status, body))

@@ -11,7 +11,7 @@ import pytest
 
 from penstock.core.frames import Begin, End, EngineFailed, Finish, Record, Tokens, read_message
 from penstock_vllm.channels import Tables
-from penstock_vllm.chat import Chat, ChatDoor, Refusal, refuse_if_text_is_needed
+from penstock_vllm.chat import Chat, ChatDoor, Refusal, refuse_if_text_is_needed, with_own_id
 from penstock_vllm.connection import Connection
 from penstock_vllm.streams import OpenStreams, Stream
 from support.reference_tagger import FakeVocabulary
@@ -337,6 +337,20 @@ def test_needs_text(name: str, value: object) -> None:
 def test_needs_no_text() -> None:
     at_rest = {"stop": [], "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "echo": False, "n": 256}
     refuse_if_text_is_needed({"messages": [], "stop_token_ids": [1], "return_token_ids": True, **at_rest})
+
+
+@pytest.mark.parametrize("headers", [{"X-Request-ID": "abc"}, {"x-request-id": "abc"}])
+def test_a_request_id_is_kept_and_made_unlike_any_other(headers: dict[str, str]) -> None:
+    one, other = with_own_id(headers), with_own_id(headers)
+    assert one["x-request-id"].startswith("abc-")
+    assert one != other
+    assert list(one) == ["x-request-id"]
+
+
+def test_a_request_without_an_id_gets_one() -> None:
+    given = with_own_id({"Traceparent": "00-1-2-3"})
+    assert given["traceparent"] == "00-1-2-3"
+    assert len(given["x-request-id"]) > 16
 
 
 # --- vLLM's own words for an error ------------------------------------------------------------------------

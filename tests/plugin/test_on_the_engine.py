@@ -332,7 +332,9 @@ async def test_requests_of_one_id_are_not_mixed_up(engine: Engine, direct: Calle
         numbers = [await one.open(same, **chat(**said[0])), await other.open(same, **chat(**said[1]))]
         assert ids(await one.over(numbers[0])) == said[0]["vllm_xargs"]["script"]
         assert ids(await other.over(numbers[1])) == said[1]["vllm_xargs"]["script"]
-        choices = [choice for chunk in (await plain).chunks for choice in chunk["choices"]]
+        answer = await plain
+        assert answer.status == 200, answer.body
+        choices = [choice for chunk in answer.chunks for choice in chunk["choices"]]
     assert [number for choice in choices for number in choice.get("token_ids") or ()] == said[2]["vllm_xargs"]["script"]
 
 

@@ -251,6 +251,18 @@ async def test_an_engine_error_in_the_middle(engine: Engine) -> None:
     assert engine.stopped == [5]
 
 
+async def test_what_is_held_goes_out_before_an_error(engine: Engine) -> None:
+    spelled = {"start": "a", "states": {"a": {"channel": "answer", "on": {"xxx": "a"}}}}
+    stream = engine.open(5, "b", choices=2)
+    stream._table = Table(spelled, VOCABULARY)
+    engine.step(Output("b-1", [1, 2]), Output("b-2", [3]))
+    stream.fail(500, {"error": {}})
+    engine.streams.commit()
+    _, *tokens, failed = await engine.said()
+    assert sorted(record.ids for record in tokens if isinstance(record, Tokens)) == [(1, 2), (3,)]
+    assert isinstance(failed, EngineFailed)
+
+
 async def test_an_error_of_our_own_ends_its_stream_and_no_other(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -437,12 +437,15 @@ AGAINST_THE_CONTRACT: dict[str, bytes | str] = {
     "no JSON": "{",
     "no refusal": "{}",
     "a list": "[]",
+    "no number": '{"op": "refused", "stream": [], "status": 400, "body": {}}',
     "no status": '{"op": "refused", "stream": 1, "status": null, "body": {}}',
 }
 
 
 @pytest.mark.parametrize("name", AGAINST_THE_CONTRACT)
-async def test_a_plugin_that_breaks_the_contract_is_not_used_any_more(setup: Setup, name: str) -> None:
+async def test_a_plugin_that_breaks_the_contract_is_not_used_any_more(
+    setup: Setup, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     begun, stream = await setup.asks()
     await setup.plugin.send(stream.begin(), *stream.says("Hel"))
     with suppress(ConnectionError):  # who reads no further closes while a large message is on its way
@@ -453,6 +456,8 @@ async def test_a_plugin_that_breaks_the_contract_is_not_used_any_more(setup: Set
     await until(lambda: len(setup.plugin.asked) > asked + 3)
     assert await setup.uses_plain_chunks()
     assert setup.plugin.connections == 0
+    assert [record.message for record in caplog.records if record.levelno > logging.WARNING] == []
+    assert "plugin 0.1.0 broke the contract" in caplog.text
     setup.plugin.capabilities["plugin"] = "0.1.1"
     await until(lambda: setup.is_connected)
 
@@ -574,6 +579,17 @@ async def test_a_plugin_that_does_not_answer_does_not_hold_up_plain_chunks(plugi
         assert PLAIN_ANSWER in (await caller.stream()).text()
         assert server.engine.plugin is not None
         assert server.engine.plugin.vocabulary is None
+
+
+async def test_a_plugin_that_does_not_open_its_socket_is_asked_again(
+    plugin: FakePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tagged, "_ANSWER_SECONDS", 0.1)
+    plugin.is_mute = True
+    async with in_front_of(plugin) as setup:
+        assert await setup.uses_plain_chunks()
+        plugin.is_mute = False
+        await until(lambda: setup.is_connected)
 
 
 # --- Many, and slow ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from support import chunks
 from support.chunks import Json
 from support.sockets import until
 from support.tokenizers_made import MadeTokenizer, made
-from support.upstreams import answering, engine_app, saying
+from support.upstreams import answering, engine_app, saying, silence
 
 PLAIN_ANSWER = "in vLLM's own chunks"
 PROMPT_TOKENS, CACHED_TOKENS = 9, 4
@@ -119,6 +119,8 @@ class FakePlugin:
     _sockets: list[web.WebSocketResponse] = field(default_factory=list)
     is_deaf: bool = False
     """Reads nothing from its WebSocket, not even a goodbye."""
+    is_mute: bool = False
+    """Does not even answer to who would open a WebSocket."""
 
     def __post_init__(self) -> None:
         self.capabilities = {
@@ -178,11 +180,13 @@ class FakePlugin:
 
     async def serve_streams(self, request: web.Request) -> web.StreamResponse:
         self._note(request)
+        if self.is_mute:
+            await silence()
         socket = web.WebSocketResponse(autoclose=not self.is_deaf, max_msg_size=0)
         await socket.prepare(request)
         self._sockets.append(socket)
         if self.is_deaf:
-            await asyncio.get_running_loop().create_future()
+            await silence()
         async for message in socket:
             if message.type is WSMsgType.TEXT:
                 self._obey(json.loads(message.data))
@@ -207,7 +211,7 @@ async def _answer(what: Any) -> web.StreamResponse:
     """JSON; bytes as they are; a number as a status; None never."""
     match what:
         case None:
-            await asyncio.get_running_loop().create_future()
+            await silence()
             raise AssertionError
         case int():
             return web.json_response({"error": {"message": "no", "code": what}}, status=what)

@@ -157,7 +157,7 @@ def open_exchange(
     bounds: Bounds = GENEROUS,
     **changed_bounds: Any,
 ) -> Exchange:
-    """An exchange as the shell would make it for this request; `family` is one of its own or the name of a known one."""
+    """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
     request = read_request(json.dumps(body or ask()).encode(), streams=dialect != "chat_whole")
     named = family or request.family
     chosen = named if isinstance(named, Family) else choose_family(ALL_FAMILIES, request.model, named)

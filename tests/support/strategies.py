@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -281,7 +282,7 @@ def _put(body: Any, place: Sequence[str | int], value: Any) -> None:
     try:
         for step in place[:-1]:
             body = body[step]
-        body[place[-1]] = value
+        body[place[-1]] = deepcopy(value)  # drawn values are shared, and this one may be changed next
     except (TypeError, KeyError, IndexError):
         return
 

@@ -1,6 +1,6 @@
 """The connection to the plugin inside one vLLM: its tokenizer, and one WebSocket for all streams.
 
-`docs/reference/frames.md` is the contract. While there is no connection `is_ready` is False and the caller reads
+`docs/reference/frames.md` is the contract. While there is no connection `vocabulary` is None and the caller reads
 plain chunks; it is looked for again in the background, so a vLLM that gets the plugin later is found.
 """
 
@@ -27,6 +27,7 @@ _MOST_MESSAGE_BYTES = 16 * 2**20
 # vLLM's server closes a WebSocket over a message of more than 16 MiB (uvicorn's ws_max_size).
 _MOST_REQUEST_BYTES = 15 * 2**20
 _PING_SECONDS = 20.0
+_ANSWER_SECONDS = 30.0
 # How long a closing connection may take to say goodbye; its streams were told before.
 _GOODBYE_SECONDS = 1.0
 # A broken connection is looked for soon; an engine without the plugin less and less often, up to the last.
@@ -137,26 +138,31 @@ class PluginConnection:
         if self._vocabulary is None or self._vocabulary.digest != capabilities.digest:
             self._vocabulary = await asyncio.to_thread(_vocabulary, await self._get("tokenizer"), capabilities.digest)
         self._models = capabilities.models
-        url = self._base.joinpath("streams").with_query(frames=VERSION)
-        async with self._session.ws_connect(
-            url,
-            headers=self._headers,
-            heartbeat=_PING_SECONDS,
-            max_msg_size=_MOST_MESSAGE_BYTES,
-            timeout=aiohttp.ClientWSTimeout(ws_close=_GOODBYE_SECONDS),
-        ) as socket:
-            self._socket = socket
-            self._failures = 0
-            self._settled.set()
-            _log.info("engine %s: reading tagged tokens from plugin %s", self._label, capabilities.plugin)
-            try:
-                await self._listen(socket)
-            except FrameError as error:
-                self._distrusted = capabilities.versions
-                raise _NoPluginError(f"plugin {capabilities.plugin} is not used any more: {error}") from None
-            finally:
-                self._socket = None
-                self._break_off()
+        socket = await self._connect()
+        self._socket = socket
+        self._failures = 0
+        self._settled.set()
+        _log.info("engine %s: reading tagged tokens from plugin %s", self._label, capabilities.plugin)
+        try:
+            await self._listen(socket)
+        except FrameError as error:
+            self._distrusted = capabilities.versions
+            _log.warning("engine %s: plugin %s broke the contract: %s", self._label, capabilities.plugin, error)
+            raise _NoPluginError(_distrust(capabilities.plugin)) from None
+        finally:
+            self._socket = None
+            self._break_off()
+            await socket.close()
+
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            return await self._session.ws_connect(
+                self._base.joinpath("streams").with_query(frames=VERSION),
+                headers=self._headers,
+                heartbeat=_PING_SECONDS,
+                max_msg_size=_MOST_MESSAGE_BYTES,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_GOODBYE_SECONDS),
+            )
 
     async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         """Until the connection ends. Raises `FrameError` at what is not of the contract."""
@@ -169,7 +175,7 @@ class PluginConnection:
                 raise FrameError(str(message.data))
 
     async def _get(self, name: str) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=30)
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
         async with self._session.get(self._base.joinpath(name), headers=self._headers, timeout=timeout) as answer:
             if answer.status != 200:
                 raise _NoPluginError(f"no plugin: GET {answer.url.path} answered {answer.status}")
@@ -191,7 +197,7 @@ class PluginConnection:
     def _refuse(self, message: str) -> None:
         try:
             refusal = orjson.loads(message)
-            number, status, body = refusal["stream"], int(refusal["status"]), orjson.dumps(refusal["body"])
+            number, status, body = int(refusal["stream"]), int(refusal["status"]), orjson.dumps(refusal["body"])
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise FrameError(f"a text message that is no refusal ({error}): {message[:80]!r}") from None
         listener = self._listeners.pop(number, None)
@@ -225,12 +231,16 @@ def _checked(answer: bytes, distrusted: object) -> _Capabilities:
         versions = (told["plugin"], told.get("vllm"))
         reason = _unusable(told)
         if versions == distrusted:
-            reason = f"plugin {told['plugin']} is not used any more: it broke the contract"
+            reason = _distrust(told["plugin"])
         if reason is None:
             return _Capabilities(told["plugin"], versions, told["tokenizer"]["digest"], tuple(told["models"]))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         reason = f"the plugin's capabilities are not of the contract ({type(error).__name__}: {error})"
     raise _NoPluginError(reason)
+
+
+def _distrust(plugin: str) -> str:
+    return f"plugin {plugin} broke the contract and is not used any more"
 
 
 def _unusable(told: Mapping[str, Any]) -> str | None:
