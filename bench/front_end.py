@@ -375,6 +375,8 @@ def _turn(way: Way, script: Script, readers: list[Reader], before: _Mark, after:
         surplus = lengths[-1] - len(transcript.text)
         first, last = (bisect.bisect_right(lengths, transcript.length_at(m) + surplus) for m in (start, end))
         tokens += last - first
+    if not tokens:
+        raise LostTokensError("no token came in the steady part: the machine is too busy to measure anything")
     seconds = after.time - before.time
     return Turn(
         after.api - before.api,

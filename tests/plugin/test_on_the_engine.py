@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import aiohttp
@@ -243,13 +243,12 @@ async def test_a_sidecar_that_does_not_read_loses_its_streams_and_no_other(
 async def fill(connection: aiohttp.ClientWebSocketResponse, direct: Caller) -> None:
     """Lets the plugin say so much that neither it nor the system can hold more: refusals carry the model's name."""
     numbers = count(2)
-    for size in (200_000, 3000, 50):
-        lost = (await capabilities(direct))["lost_streams"]
-        async with asyncio.timeout(20):
-            while (await capabilities(direct))["lost_streams"] == lost:
-                for number in islice(numbers, 10):
-                    request = chat(model="x" * size)
-                    await connection.send_json({"op": "open", "stream": number, "request": request, "family": QWEN})
+    async with asyncio.timeout(30):
+        while (await capabilities(direct))["open_streams"]:
+            for size in (200_000, 200_000, 3000, 50):
+                request = chat(model="x" * size)
+                refused = {"op": "open", "stream": next(numbers), "request": request, "family": QWEN}
+                await connection.send_json(refused)
 
 
 @asynccontextmanager

@@ -419,7 +419,10 @@ async def test_a_fault_of_our_own_is_logged_and_does_not_end_the_search(
 
 
 @pytest.mark.usefixtures("never_again")
-async def test_without_a_connection_requests_are_served_in_plain_chunks(setup: Setup) -> None:
+async def test_without_a_connection_requests_are_served_in_plain_chunks(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tagged, "RETRY_SECONDS", (60.0,))
     setup.plugin.drop()
     await until(lambda: not setup.is_connected)
     assert await setup.uses_plain_chunks()

@@ -37,6 +37,7 @@ class TaggedReader:
 
     def __init__(self, request: StreamRequest, vocabulary: Vocabulary, engine_id: str, model: str) -> None:
         self._request = request
+        self._wants_token_ids = request.wants_token_ids
         self._vocabulary = vocabulary
         self._engine_id = engine_id
         self._model = model
@@ -46,6 +47,8 @@ class TaggedReader:
         self._over = False
 
     def read(self, records: list[Record]) -> list[Event]:
+        if len(records) == 1 and (text := self._ordinary(records[0])) is not None:
+            return [text]
         out: list[Event] = []
         for position, record in enumerate(records):
             if self._over:
@@ -76,6 +79,17 @@ class TaggedReader:
             return []
         self._over = True
         return self._flush()
+
+    def _ordinary(self, record: Record) -> Text | None:
+        """The hot path: one run of text, in the middle of a choice."""
+        if self._over or not isinstance(record, Tokens) or record.tag is Tag.MARKER:
+            return None
+        if record.choice >= len(self._choices) or self._choices[record.choice].is_finished:
+            return None
+        ids = record.ids
+        self._completion_tokens += len(ids)
+        token_ids = list(ids) if self._wants_token_ids else None
+        return Text(record.choice, Channel.RAW, self._choices[record.choice].read(ids), len(ids), None, token_ids)
 
     def _open(self, begin: Begin, out: list[Event]) -> None:
         if self._begin is not None:
@@ -179,7 +193,8 @@ class _Choice:
         """Count and ids of last tokens without text: they go with the finish, as in vLLM's last chunk."""
 
     def read(self, ids: tuple[int, ...]) -> str:
-        return self._characters.feed(self._detokenizer.feed(ids))
+        text = self._detokenizer.feed(ids)
+        return self._characters.feed(text)
 
     def read_marker(self, ids: tuple[int, ...]) -> str:
         """The same with what the decoder skips written out."""
