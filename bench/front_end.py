@@ -47,7 +47,7 @@ from support.engine import Engine, running_engine  # noqa: E402
 
 # Room for 256 streams at once, in the batch, in one step's prompts and in the KV cache.
 ENGINE_ARGUMENTS: Final = (
-    *("--max-num-seqs", "256", "--max-num-batched-tokens", "8192"),
+    *("--max-num-seqs", "256", "--max-num-batched-tokens", "65536"),
     *("--num-gpu-blocks-override", "8192"),
 )
 WITH_PLUGIN: Final = {"VLLM_PLUGINS": "penstock"}
@@ -57,8 +57,9 @@ WITHOUT_PLUGIN: Final = {"VLLM_PLUGINS": ""}
 START_MS: Final = 400
 START_MS_A_STREAM: Final = 8
 # Streams run so long before the steady part begins, and a little longer than it lasts.
-SETTLE_SECONDS: Final = 0.7
-TAIL_SECONDS: Final = 0.8
+SETTLE_SECONDS: Final = 0.5
+TAIL_SECONDS: Final = 1.0
+FIRST_EVENTS: Final = 5
 TURN_SECONDS: Final = 120.0
 PLUGIN_SECONDS: Final = 30.0
 FLAT_TOKENS: Final = 400
@@ -330,7 +331,7 @@ async def take_turn(way: Way, load: Load, script: Script) -> Turn:
     try:
         async with asyncio.timeout(TURN_SECONDS):
             readers = await _open(request, way.port, load.streams)
-            await asyncio.gather(*(_answered(reader) for reader in readers))
+            await _speaking(readers)
             if load.pause_ms:
                 await asyncio.sleep(SETTLE_SECONDS)
             before = _Mark.now(way, readers)
@@ -348,8 +349,14 @@ async def _open(request: bytes, port: int, streams: int) -> list[Reader]:
     return [reader for _, reader in opened]
 
 
-async def _answered(reader: Reader) -> None:
-    await asyncio.wait({reader.began, reader.closed}, return_when=asyncio.FIRST_COMPLETED)
+async def _speaking(readers: list[Reader]) -> None:
+    """Until every stream has brought some tokens: its head, which comes at once, its role and one token are less."""
+    silent = readers
+    while True:
+        silent = [r for r in silent if not r.closed.done() and b"".join(r.received).count(b"data: ") < FIRST_EVENTS]
+        if not silent:
+            return
+        await asyncio.sleep(0.03)
 
 
 async def _end_steady_part(load: Load, readers: list[Reader]) -> None:

@@ -137,7 +137,7 @@ COMPARABLE = {case.name: case for case in all_cases() if is_comparable(case)}
 
 
 def test_there_are_recordings_to_compare() -> None:
-    assert {"emoji", "broken-bytes", "choices", "merged", "tools", "repetition", "error-midway"} <= COMPARABLE.keys()
+    assert {"emoji", "broken-bytes", "choices", "tools", "repetition", "error-midway"} <= COMPARABLE.keys()
 
 
 @pytest.mark.parametrize("name", COMPARABLE)

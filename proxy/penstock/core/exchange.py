@@ -219,7 +219,7 @@ class Exchange:
 
     def _let_go(self) -> list[Event]:
         """What the steps still hold, when no more will come: text, and calls that stay unfinished."""
-        items, _, _ = self._sort(self._reader.close())
+        items, _, _ = self._sort((self._tagged or self._reader).close())
         self._accounting.generated(items)
         items = self._channels.feed(items) + self._channels.flush()
         items = self._stop_strings.feed(items) + self._stop_strings.flush()
@@ -355,7 +355,7 @@ class Exchange:
     # -- endings -----------------------------------------------------------------------------------
 
     def _engine_closed(self, signal: EngineClosed) -> list[Command]:
-        items, _, _ = self._sort(self._reader.close())
+        items, _, _ = self._sort((self._tagged or self._reader).close())
         commands = self._send(self._travel(items), signal.now)
         problem = signal.problem
         if problem is None and self._has_finished():

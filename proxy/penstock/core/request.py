@@ -25,7 +25,15 @@ _ANSWERED_BY_THE_FRONT_END = (
     "kv_transfer_params",
     "return_tokens_as_token_ids",
     "continue_final_message",
+    "logprob_token_ids",
+    "return_token_offsets",
+    "return_prompt_text",
+    "ec_transfer_params",
+    "stream_interval",
 )
+_CHANGES_WHAT_IS_TOLD = ("parallel_tool_calls", "include_reasoning", "add_generation_prompt")
+# A frame has one byte for the choice.
+_MOST_TAGGED_CHOICES = 256
 
 _OPTIONS = ("family", "include_stop", "reasoning", "stop")
 
@@ -166,8 +174,13 @@ def _needs_engine_text(request: dict[str, Any]) -> str | None:
     for name in _ANSWERED_BY_THE_FRONT_END:
         if request.get(name):
             return name
-    if request.get("parallel_tool_calls") is False:
-        return "parallel_tool_calls"
+    for name in _CHANGES_WHAT_IS_TOLD:
+        if request.get(name) is False:
+            return name
+    if request.get("prompt_logprobs") is not None:
+        return "prompt_logprobs"
+    if _choices(request.get("n")) > _MOST_TAGGED_CHOICES:
+        return "n"
     return "tool_choice" if request.get("tool_choice") not in (None, "auto", "none") else None
 
 

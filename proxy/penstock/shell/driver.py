@@ -55,6 +55,7 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._last_call: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[None]] = set()
         # Writes that wait for a client without room, and the bytes in them: at most `buffer_bytes` and one ending.
         self._inbox: deque[list[_Write]] = deque()
@@ -78,8 +79,9 @@ class Driver:
             await asyncio.wait({self._conversation})
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._last_call):
+                if timer is not None:
+                    timer.cancel()
 
     async def tell(self, signal: Signal) -> None:
         """A signal from outside the conversation: the clock, a `DELETE`, the drain. Raises nothing of its client's."""
@@ -129,7 +131,7 @@ class Driver:
         self._waiting_bytes += _size(writes)
         if self._exchange.is_over:
             # Whoever does not take the last bytes in time loses them; dropping the client ends the waiting write.
-            self._loop.call_later(self._closing_seconds, self._drop_client)
+            self._last_call = self._loop.call_later(self._closing_seconds, self._client.abort)
         elif self._waiting_bytes > self._buffer_bytes:
             self._keep(self._exchange.receive(ClientLagged(self._loop.time())))
         if not self._emptying:
@@ -247,10 +249,6 @@ class Driver:
             self._client_left()
         except Exception:
             self._break()
-
-    def _drop_client(self) -> None:
-        if not self._closed.is_set():
-            self._client.abort()
 
     def _client_left(self) -> None:
         """Nobody is there to be told; the engine is stopped and the bill is written."""

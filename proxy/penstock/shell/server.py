@@ -174,8 +174,9 @@ class Server:
         plugin = self.engine.plugin
         vocabulary = plugin.vocabulary if plugin is not None else None
         if plugin is not None and vocabulary is not None and request.streams and request.needs_engine_text is None:
+            told = family if request.offered_tools else family.without_tools
             reader = TaggedReader(request, vocabulary, f"chatcmpl-{stream_id}", plugin.model_name(request.model))
-            return reader, TaggedAnswer(plugin, request.engine_body, headers, family)
+            return reader, TaggedAnswer(plugin, request.engine_body, headers, told)
         most = self._settings.limits.stream_bytes
         body, streams = request.engine_body, request.streams
         return None, PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
