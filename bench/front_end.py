@@ -4,7 +4,7 @@ One real engine (`examples/tiny_vllm`) serves all ways, which take turns within 
 from vLLM, and through Penstock from tagged tokens and from plain chunks. Counted are the process that serves HTTP
 and the sidecar's process, never the engine core nor the clients. Every token is checked to have arrived. At last the
 engine is started again by turns with and without the plugin, to see what it costs where nobody uses it.
-`docs/explanation/front_end_cost.md` says what it found.
+It prints a table and a line of JSON for each turn.
 """
 
 import argparse
@@ -60,6 +60,7 @@ START_MS_A_STREAM: Final = 8
 SETTLE_SECONDS: Final = 0.5
 TAIL_SECONDS: Final = 1.0
 FIRST_EVENTS: Final = 5
+FIRST_TOKENS: Final = 16
 TURN_SECONDS: Final = 120.0
 PLUGIN_SECONDS: Final = 30.0
 FLAT_TOKENS: Final = 400
@@ -137,7 +138,8 @@ class Load:
 
 def load_of(streams: int, pause_ms: int, seconds: float) -> Load:
     lasting = int((SETTLE_SECONDS + seconds + TAIL_SECONDS) * 1000)
-    return Load(streams, pause_ms, lasting // pause_ms if pause_ms else FLAT_TOKENS, seconds)
+    tokens = FIRST_TOKENS + lasting // pause_ms if pause_ms else FLAT_TOKENS
+    return Load(streams, pause_ms, tokens, seconds)
 
 
 # -- the ways to a client ------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ class PenstockRoutes:
 
         if problem := _no_websockets() or tap.install():
             self._step_aside("output_tap", problem)
+        try:
+            self._most_bytes = most_bytes()
+        except ValueError as error:
+            self._step_aside("output_tap", str(error))
         self._door = ChatDoor(app)
         app.router.routes += [
             Route(f"{_PREFIX}/capabilities", self.capabilities, methods=["GET"]),
@@ -68,7 +72,6 @@ class PenstockRoutes:
             self._step_aside("output_tap", "the engine client of this process has no request states")
         if getattr(state, "openai_serving_chat", None) is None:
             self._step_aside("output_tap", "this model has no chat route")
-        self._most_bytes = most_bytes()
         full = engine_client.get_tokenizer()
         tokenizer = fast_tokenizer(full)
         if tokenizer is not None:

@@ -320,6 +320,11 @@ def test_half_a_stop_string_at_the_end_is_text() -> None:
     assert play(stopping("END"), answer_of(["Hi EN"])).blocks() == ["text: Hi EN"]
 
 
+def test_half_a_stop_string_where_the_stream_breaks_off_is_text() -> None:
+    assert play(stopping("END"), [content("Hi EN"), error()]).blocks() == ["text: Hi EN"]
+    assert play(stopping("END"), [content("Hi EN"), ClientLeft(at(1))]).record.unsent_bytes == 2
+
+
 def test_fields_that_the_engine_repeats_do_not_break_a_stop_string() -> None:
     pieces = ("Hi E", "N", "D!")
     steps = [spoken({"role": "assistant", "content": piece, "x": 1}, routed_experts=[1]) for piece in pieces]

@@ -212,6 +212,16 @@ def test_a_call_that_never_has_a_name() -> None:
     assert ended(read(delta("{}"), stop())).problem == "the model named no tool"
 
 
+def test_arguments_that_are_whole_before_their_name() -> None:
+    assert kinds(read(delta("{}"), delta(name="f"), stop())) == [
+        "ToolStarted",
+        "ToolArguments",
+        "ToolReady",
+        "ToolEnded",
+        "Finished",
+    ]
+
+
 def test_a_broken_off_call_without_a_name_was_never_told() -> None:
     step = tools()
     step.feed([delta('{"a"')])

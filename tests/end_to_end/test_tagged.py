@@ -48,11 +48,12 @@ async def both(engine: Engine) -> AsyncIterator[Both]:
 
 
 def essence(answer: Answer, *more: str) -> list[Event]:
-    """The log without `OWN`, ticks, and the cuts between deltas, which time decides on both paths."""
-    out: list[Event] = []
+    """The log without `OWN`, ticks, and what time decides on both paths: cuts between deltas, turns between choices."""
+    logs: dict[int, list[Event]] = {}
     for event in answer.events:
         if event["type"] == "usage" and not event["final"]:
             continue
+        out = logs.setdefault(event.get("choice", -1), [])
         kept = {name: value for name, value in event.items() if name not in OWN and name not in more}
         last = out[-1] if out else {"type": None}
         if "text" in kept and last["type"] == kept["type"] and last["block"] == kept["block"]:
@@ -61,7 +62,7 @@ def essence(answer: Answer, *more: str) -> list[Event]:
                 last[name] = last.get(name, []) + kept[name]
         else:
             out.append(kept)
-    return out
+    return [event for choice in sorted(logs) for event in logs[choice]]
 
 
 SCRIPTS: dict[str, Json] = {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.commands import Respond
-from penstock.core.signals import EngineAnswered
+from penstock.core.signals import EngineAnswered, EngineClosed
 from support import chunks
 from support.playbook import STARTED, Json, Outcome, Step, ask, play
 from support.strategies import families, garbage, model_texts, policies, streams, thorough
@@ -66,7 +66,7 @@ def _empty() -> dict[str, Any]:
 def test_a_stream(data: st.DataObject, frames: list[bytes], bad: list[bytes], family: str, policy: Any) -> None:
     for frame in bad:
         frames.insert(data.draw(st.integers(0, len(frames))), frame)
-    steps: list[Step] = [*frames]
+    steps: list[Step] = [*frames, EngineClosed(None, STARTED)]
     native = play(REQUEST, steps, family=family, reasoning=policy)
     chat = play(REQUEST, steps, family=family, reasoning=policy, dialect="chat")
     assert chat.record.ending == native.record.ending

@@ -59,6 +59,8 @@ class Parser:
             if self.has_overflowed:
                 break
         self.has_overflowed |= len(self._rest) > self._limit
+        if self.has_overflowed:
+            self._rest, self._data = b"", []
         return frames
 
     def _is_one_frame(self, data: bytes) -> bool:
