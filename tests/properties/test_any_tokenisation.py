@@ -56,6 +56,17 @@ def test_raw_text(data: st.DataObject, text: str, family: str, policy: Any, offe
     )
 
 
+@thorough(500)
+@given(st.data(), model_texts, families)
+def test_raw_text_cut_between_the_halves_of_its_characters(data: st.DataObject, text: str, family: str) -> None:
+    """Engines exist that count in UTF-16 and send each half of a character in a chunk of its own."""
+    units = text.encode("utf-16-le")
+    halves = "".join(units[n : n + 2].decode("utf-16-le", "surrogatepass") for n in range(0, len(units), 2))
+    pieces = data.draw(pieces_of(halves))
+    request = ask(tools=TOOLS)
+    assert summary(said(pieces, request, family, "separate")) == summary(said([text], request, family, "separate"))
+
+
 @thorough(700)
 @given(st.data(), st.lists(hermes_calls(), min_size=1, max_size=3), st.sampled_from(["", "\n", "and"]))
 def test_calls_in_the_text(data: st.DataObject, calls: list[str], between: str) -> None:

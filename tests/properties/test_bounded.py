@@ -91,14 +91,16 @@ def test_a_flood(family: str, policy: Any, flood: str) -> None:
         assert not exchange.is_over
 
 
+# A call whose keys come in another order is kept until its end mark: here no call begins but those of the floods.
+starts = st.lists(fragments.filter(lambda text: "tool_call>" not in text and "§!" not in text), max_size=4)
+
+
 @thorough(300)
-@given(st.lists(fragments, min_size=1, max_size=4), st.sampled_from(list(FLOODS.values())), families, policies)
+@given(starts, st.sampled_from(list(FLOODS.values())), families, policies)
 def test_any_text_for_ever(start: list[str], flood: str, family: str, policy: Any) -> None:
     exchange = open_exchange(ask(tools=["f"]), family=family, reasoning=policy, line_bytes=LINE_BYTES)
-    whole_calls_in_another_order = "".join(start).count("tool_call")  # those are kept until their end mark
     reads = map(chunks.content, [*start, *repeat(_long(flood), 40)])
-    if not whole_calls_in_another_order and "§!" not in start:
-        assert most_held(exchange, reads) <= MOST_HELD
+    assert most_held(exchange, reads) <= MOST_HELD
 
 
 @pytest.mark.parametrize(

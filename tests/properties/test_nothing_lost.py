@@ -31,6 +31,7 @@ def test_the_bytes_of_a_whole_answer(data: st.DataObject, text: str, family: str
     assert sizes["generated"] == len(text.encode())
     if policy == "separate":
         assert sizes["added"] == sizes["hidden"] == 0
+    assert sizes["added"] % len("<think></think>") == 0, "what was opened was closed"
     if policy != "hide":
         assert sizes["hidden"] == 0
     assert sizes["stop"] == sizes["moderation"] == 0
