@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from penstock.settings import Settings
-from penstock.shell.auth import Keyring
+from penstock.shell.auth import Gatekeeper
 from penstock.shell.engine import Engine
 from penstock.shell.server import Server
 from penstock.shell.telemetry import Telemetry
@@ -23,8 +23,8 @@ _log = logging.getLogger("penstock")
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
     """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it."""
-    keyring = await asyncio.to_thread(Keyring.load, settings.auth)
-    if not keyring and not settings.is_loopback:
+    gatekeeper = await asyncio.to_thread(Gatekeeper.load, settings.auth)
+    if not gatekeeper.asks_for_keys and not settings.is_loopback:
         _log.warning(
             "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
             settings.listen.host,
@@ -34,7 +34,9 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         stack.push_async_callback(asyncio.to_thread, telemetry.close)
         engine = Engine(settings.upstreams[0], settings.timing)
         stack.push_async_callback(engine.close)
-        server = Server(settings, keyring, engine, telemetry)
+        server = Server(settings, gatekeeper, engine, telemetry)
+        watching = asyncio.create_task(gatekeeper.watch())
+        stack.callback(watching.cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
         runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
         stack.push_async_callback(runner.cleanup)

@@ -12,7 +12,7 @@ from penstock import __version__, app, demo
 from penstock.core.recording import Recording, describe_faults
 from penstock.core.verifier import LogError, parse_log, verify
 from penstock.settings import Settings, SettingsError, load_settings
-from penstock.shell.auth import Keyring, hash_key
+from penstock.shell.auth import Gatekeeper, hash_key
 from penstock.shell.replay import run_replay
 
 # What a wrong setting or wrong input exits with, as argparse does for wrong flags.
@@ -100,7 +100,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 def _check_config(parsed: argparse.Namespace) -> int:
     settings = _settings(parsed)
-    Keyring.load(settings.auth)
+    Gatekeeper.load(settings.auth)
     print(settings.model_dump_json(indent=2))
     return 0
 

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from penstock.access_settings import Auth
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 
 _PREFIX = "PENSTOCK_"
-_HASHED_KEY = re.compile(r"sha256:[0-9a-f]{64}")
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
 _SECRET = re.compile(r"auth\.keys\b.*|.*\bapi_key\b.*")
 
@@ -37,15 +37,7 @@ def _http_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def hashed_key(value: str) -> str:
-    """`value` itself if it is a stored form of a key; raises `ValueError` with the remedy otherwise."""
-    if not _HASHED_KEY.fullmatch(value):
-        raise ValueError("must be sha256:<64 hex digits>, never the key itself; `penstock hash-key` makes one")
-    return value
-
-
 Url = Annotated[str, AfterValidator(_http_url)]
-HashedKey = Annotated[str, AfterValidator(hashed_key)]
 
 
 class _Part(BaseModel):
@@ -134,18 +126,13 @@ class FamilySettings(_Part):
         )
 
 
-class Auth(_Part):
-    keys_file: Path | None = Field(None, description="file of hashed keys, a line each: name=sha256:<hex>")
-    keys: dict[str, HashedKey] = Field(default_factory=dict, description="name -> sha256:<hex of the key>")
-    allow_anonymous: bool = Field(False, description="serve without keys beyond loopback; only behind your own gate")
-
-
 class Limits(_Part):
     request_bytes: int = Field(10 * 2**20, ge=1024, description="largest request body")
     line_bytes: int = Field(2**20, ge=1024, description="longest line or event that an engine may send")
     stream_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of one stream after which it is ended")
     buffer_bytes: int = Field(256 * 2**10, ge=1024, description="bytes that may wait for a client that reads slowly")
     stream_seconds: float = Field(600, gt=0, description="seconds after which a stream is ended")
+    streams_per_key: int = Field(100, ge=1, description="streams that one caller may have open, unless its plan says")
 
 
 class Timing(_Part):

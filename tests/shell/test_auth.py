@@ -1,14 +1,16 @@
 """API keys: who gets in, whose stream is whose, and what a caller without a key is told."""
 
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from penstock.access_settings import Auth, Plan
 from penstock.core.errors import CallerError
-from penstock.settings import Auth, SettingsError
-from penstock.shell.auth import ANONYMOUS, Keyring, hash_key
+from penstock.settings import SettingsError
+from penstock.shell.auth import ANONYMOUS, Gatekeeper, Keyring, hash_key
 from support import chunks
 from support.http_client import Json, chat
 from support.sockets import raw_request, until
@@ -35,27 +37,35 @@ def keys(tmp_path: Path) -> Path:
     return file
 
 
+def write(file: Path, text: str | None) -> None:
+    """The file with this text, or without it none."""
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+
+
 # --- The keyring ------------------------------------------------------------------------------------
 
 
 def test_without_keys_everybody_is_anonymous() -> None:
-    keyring = Keyring.load(Auth())
-    assert not keyring
-    assert keyring.authenticate({}) == ANONYMOUS
+    gatekeeper = Gatekeeper.load(Auth())
+    assert not gatekeeper.asks_for_keys
+    assert gatekeeper.authenticate({}).name == ANONYMOUS
 
 
 def test_keys_come_from_the_file_and_the_settings(keys: Path) -> None:
-    keyring = Keyring.load(Auth(keys_file=keys, keys={"carol": hash_key("carols-key")}))
-    assert keyring
-    assert keyring.authenticate(bearer(ALICE)) == "alice"
-    assert keyring.authenticate({"Authorization": f"bearer   {BOB}"}) == "bob"
-    assert keyring.authenticate({"X-Api-Key": "carols-key"}) == "carol"
+    gatekeeper = Gatekeeper.load(Auth(keys_file=keys, keys={"carol": hash_key("carols-key")}))
+    assert gatekeeper.asks_for_keys
+    assert gatekeeper.authenticate(bearer(ALICE)).name == "alice"
+    assert gatekeeper.authenticate({"Authorization": f"bearer   {BOB}"}).name == "bob"
+    assert gatekeeper.authenticate({"X-Api-Key": "carols-key"}).name == "carol"
 
 
 @pytest.mark.parametrize("headers", WRONG)
 def test_any_other_key_is_refused_with_a_challenge(keys: Path, headers: Mapping[str, str]) -> None:
     with pytest.raises(CallerError) as caught:
-        Keyring.load(Auth(keys_file=keys)).authenticate(headers)
+        Gatekeeper.load(Auth(keys_file=keys)).authenticate(headers)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
     assert caught.value.headers == {"WWW-Authenticate": 'Bearer realm="penstock"'}
 
@@ -73,6 +83,13 @@ def test_a_hash_is_what_the_command_line_makes_of_a_key() -> None:
         (f"alice={ALICE}\n", "line 1: must be sha256:<64 hex digits>, never the key itself"),
         (f"\n\nalice {hash_key(ALICE)}\n", "line 3: must be sha256:<64 hex digits>"),
         ("alice=sha256:ABC\n", "line 1: must be sha256"),
+        (f"alice={hash_key(ALICE)} plan=gold\n", "line 1: plan 'gold' is not one of auth.plans (default)"),
+        (f"alice={hash_key(ALICE)} plans=gold\n", "line 1: 'plans' is nothing that a key can have; write NAME=VALUE"),
+        (f"alice={hash_key(ALICE)} expires=soon\n", "line 1: Invalid isoformat string: 'soon'"),
+        (f"alice={hash_key(ALICE)} expires=2030-01-01\n", "expires=2030-01-01"),
+        (f"alice={hash_key(ALICE)} streams=many\n", "line 1: streams=many: Input should be a valid integer"),
+        (f"alice={hash_key(ALICE)} streams=0\n", "line 1: streams=0: Input should be greater than or equal to 1"),
+        (f"jwt:alice={hash_key(ALICE)}\n", "line 1: 'jwt:alice' is no name for a caller"),
     ],
 )
 def test_a_wrong_keys_file_names_the_line_and_the_remedy(tmp_path: Path, text: str, sentence: str) -> None:
@@ -92,6 +109,65 @@ def test_a_keys_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) 
         file.write_bytes(content)
     with pytest.raises(SettingsError, match=r"auth\.keys_file: .* cannot be read"):
         Keyring.load(Auth(keys_file=file))
+
+
+def test_a_key_has_a_plan_and_words_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    limits = "plan=gold streams=7 models=qwen*,llama-3 quota_tokens=5000 quota_period=day"
+    file.write_text(f"alice={hash_key(ALICE)} {limits}\nbob={hash_key(BOB)}\n")
+    plans = {"gold": Plan(requests_per_minute=60, streams=2), "default": Plan(streams=1)}
+    gatekeeper = Gatekeeper.load(Auth(keys_file=file, plans=plans))
+    alice = gatekeeper.authenticate(bearer(ALICE))
+    assert alice.plan == Plan(
+        requests_per_minute=60, streams=7, models=["qwen*", "llama-3"], quota_tokens=5000, quota_period="day"
+    )
+    assert [alice.may_ask(model) for model in ("qwen3-8b", "llama-3", "llama-33", "Qwen")] == [True, True, False, False]
+    bob = gatekeeper.authenticate(bearer(BOB))
+    assert bob.plan == Plan(streams=1)
+    assert bob.may_ask("anything")
+
+
+def test_a_key_is_good_until_it_expires(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text(f"alice={hash_key(ALICE)} expires=2026-01-01T12:00:00+01:00\n")
+    keyring = Keyring.load(Auth(keys_file=file))
+    end = datetime(2026, 1, 1, 11, tzinfo=UTC).timestamp()
+    assert keyring.find(ALICE, end - 0.001) is not None
+    assert keyring.find(ALICE, end) is None
+
+
+async def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(
+    keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gatekeeper = Gatekeeper.load(Auth(keys_file=keys))
+    write(keys, f"bob={hash_key(BOB)}\ncarol={hash_key('carols-key')}\n")
+    await gatekeeper.reload()
+    assert gatekeeper.authenticate(bearer("carols-key")).name == "carol"
+    with pytest.raises(CallerError):
+        gatekeeper.authenticate(bearer(ALICE))
+    for wrong in ("", f"bob={BOB}\n"):
+        write(keys, wrong)
+        await gatekeeper.reload()
+        assert gatekeeper.authenticate(bearer(BOB)).name == "bob"
+        assert "the keys in use stay as they were: auth.keys_file" in caplog.text
+        assert BOB not in caplog.text
+    write(keys, None)
+    await gatekeeper.reload()
+    assert gatekeeper.authenticate(bearer(BOB)).name == "bob"
+
+
+async def test_a_file_replaced_behind_a_link_is_read_again(tmp_path: Path) -> None:
+    """As Kubernetes replaces a mounted Secret: the name stays, the folder behind it is another."""
+    for day, key in (("monday", ALICE), ("tuesday", BOB)):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "keys.txt").write_text(f"it={hash_key(key)}\n")
+    link = tmp_path / "now"
+    link.symlink_to("monday")
+    gatekeeper = Gatekeeper.load(Auth(keys_file=link / "keys.txt"))
+    (tmp_path / "next").symlink_to("tuesday")
+    (tmp_path / "next").rename(link)
+    await gatekeeper.reload()
+    assert gatekeeper.authenticate(bearer(BOB)).name == "it"
 
 
 # --- Over HTTP --------------------------------------------------------------------------------------
@@ -166,3 +242,39 @@ async def test_nobody_cancels_the_stream_of_another(guarded: tuple[Setup, Seen])
         assert b'"status":"cancelled"' in await response.content.read()
     await until(lambda: seen.open == 0)
     assert (await setup.caller.delete("st_nothing", bearer(BOB))).status == 204
+
+
+async def test_a_revoked_key_is_refused_within_a_moment_and_its_stream_goes_on(keys: Path) -> None:
+    app, seen = engine_app(one_word)
+    async with (
+        in_front_of(app, auth__keys_file=str(keys), auth__reload_seconds=0.02) as setup,
+        setup.caller.opened("/v1/streams", chat(), bearer(ALICE)) as response,
+    ):
+        await response.content.readuntil(b"Hello")
+        write(keys, f"bob={hash_key(BOB)}\n")
+
+        async def is_refused() -> bool:
+            return (await setup.caller.get("/v1/models", bearer(ALICE))).status == 401
+
+        await until(is_refused)
+        assert (await setup.caller.get("/v1/models", bearer(BOB))).status == 200
+        assert seen.open == 1
+
+
+async def test_a_key_asks_only_for_its_models(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text(f"alice={hash_key(ALICE)} models=qwen*\n")
+    app, seen = engine_app(saying(*chunks.answer_of(["Hello"])))
+    async with in_front_of(app, auth__keys_file=str(file)) as setup:
+        for refused in (
+            await setup.caller.stream(headers=bearer(ALICE), model="tiny"),
+            await setup.caller.chat(headers=bearer(ALICE), model="tiny", stream=True),
+        ):
+            assert (refused.status, refused.error["code"], refused.error["param"]) == (
+                403,
+                "model_not_allowed",
+                "model",
+            )
+            assert "the key of alice is not for the model 'tiny'; it may ask for qwen*" in refused.error["message"]
+        assert seen.requests == 0
+        assert (await setup.caller.stream(headers=bearer(ALICE), model="qwen3")).text() == "Hello"

@@ -2,5 +2,6 @@
 
 `server` has the routes and makes an exchange per request; `driver` carries one exchange between `engine` (the
 connection to vLLM) and `client` (the connection to the caller). `sources` are the two ways an answer comes,
-`tagged` is the connection to the plugin. `auth` knows the keys, `telemetry` the traces, `replay` is the mock engine.
+`tagged` is the connection to the plugin. `auth` knows the keys and lets callers in,
+`telemetry` knows the traces, `replay` is the mock engine.
 """

@@ -1,13 +1,44 @@
-"""Who asks: API keys, known only by their hash."""
+"""Who asks, and what that caller may use: API keys, known only by their hash and read again when they change."""
 
+import asyncio
 import hashlib
+import logging
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from aiohttp import web
+
+from penstock.access_settings import DEFAULT_PLAN, Auth, KeyEntry, Plan, key_name, plan_named, read_key
 from penstock.core.errors import CallerError
-from penstock.settings import Auth, SettingsError, hashed_key
+from penstock.settings import SettingsError
+
+_log = logging.getLogger("penstock")
 
 ANONYMOUS = "anonymous"
+# The only routes that answer without a key. Every other one, a new one too, goes through `Gatekeeper.admit`.
+OPEN_ROUTES = frozenset({"/healthz", "/readyz", "/v1/schema"})
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A principal: `name` owns streams, is billed and limited; several keys may lead to one name."""
+
+    name: str
+    plan: Plan
+
+    def may_ask(self, model: str) -> bool:
+        return any(fnmatchcase(model, pattern) for pattern in self.plan.models)
+
+
+_CALLER = web.RequestKey("_CALLER", Caller)
+
+
+def caller_of(http: web.Request) -> Caller:
+    """Who sent this request; every route that is not open has one."""
+    return http[_CALLER]
 
 
 def hash_key(key: str) -> str:
@@ -16,53 +47,127 @@ def hash_key(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-class Keyring:
-    """The keys of this deployment. Without any, everybody is `anonymous` and the engine's own keys decide."""
+@dataclass(frozen=True, slots=True)
+class _Key:
+    caller: Caller
+    expires: float | None  # seconds since the epoch
 
-    def __init__(self, names_by_hash: Mapping[str, str]) -> None:
-        self._names_by_hash = dict(names_by_hash)
+
+class Keyring:
+    """The keys of this deployment at one moment, never changed: a reload makes another."""
+
+    def __init__(self, keys: Mapping[str, _Key]) -> None:
+        self._keys = dict(keys)
 
     @classmethod
     def load(cls, auth: Auth) -> "Keyring":
         """Keys of the settings and of the file. Raises `SettingsError` naming file and line."""
-        names = {hashed: name for name, hashed in auth.keys.items()}
+        keys: dict[str, _Key] = {}
+        for name, text in auth.keys.items():
+            try:
+                entry = read_key(text)
+                keys[entry.hashed] = _made(name, entry, auth)
+            except ValueError as error:
+                raise SettingsError(f"auth.keys.{name}: {error}") from None
         if auth.keys_file is not None:
-            names |= _read_keys(auth.keys_file)
-        return cls(names)
+            keys |= _read_keys(auth.keys_file, auth)
+        return cls(keys)
 
     def __bool__(self) -> bool:
-        return bool(self._names_by_hash)
+        return bool(self._keys)
 
-    def authenticate(self, headers: Mapping[str, str]) -> str:
-        """The principal's name. Raises `CallerError` (401) with the challenge that RFC 9110 asks for."""
-        if not self._names_by_hash:
-            return ANONYMOUS
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else headers.get("X-Api-Key", "")
+    def find(self, key: str, now: float) -> Caller | None:
+        """Whose key this is at `now`, in seconds since the epoch; None for one that is unknown or has expired."""
         # Looked up by its hash, so that the time taken tells nothing about a stored key.
-        name = self._names_by_hash.get(hash_key(key)) if key else None
-        if name is None:
-            what = "is not known here" if key else "is missing; send Authorization: Bearer <key>"
-            challenge = {"WWW-Authenticate": 'Bearer realm="penstock"'}
-            raise CallerError("invalid_api_key", f"the API key {what}", status=401, headers=challenge)
-        return name
+        found = self._keys.get(hash_key(key))
+        return None if found is None or (found.expires is not None and found.expires <= now) else found.caller
 
 
-def _read_keys(path: Path) -> dict[str, str]:
+def _made(name: str, entry: KeyEntry, auth: Auth) -> _Key:
+    return _Key(Caller(name, entry.allowed(auth.plans)), entry.expires.timestamp() if entry.expires else None)
+
+
+def _read_keys(path: Path, auth: Auth) -> dict[str, _Key]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"auth.keys_file: {path} cannot be read: {error}") from None
-    names: dict[str, str] = {}
+    keys: dict[str, _Key] = {}
     for number, line in enumerate(lines, 1):
-        entry = line.partition("#")[0].strip()
-        if not entry:
+        text = line.partition("#")[0].strip()
+        if not text:
             continue
-        name, _, hashed = (part.strip() for part in entry.partition("="))
+        name, _, stored = (part.strip() for part in text.partition("="))
         try:
-            names[hashed_key(hashed)] = name
+            entry = read_key(stored)
+            keys[entry.hashed] = _made(key_name(name), entry, auth)
         except ValueError as error:
             raise SettingsError(f"auth.keys_file: {path} line {number}: {error}") from None
-    if not names:
+    if not keys:
         raise SettingsError(f"auth.keys_file: {path} holds no key; add a line like name=sha256:<hex>")
-    return names
+    return keys
+
+
+class Gatekeeper:
+    """Lets in whom the settings know. Without any keys everybody is `anonymous` and the engine's own keys decide."""
+
+    def __init__(self, auth: Auth, keyring: Keyring) -> None:
+        self._auth = auth
+        self._keyring = keyring
+        self._seen = _fingerprint(auth.keys_file)
+        self._anonymous = Caller(ANONYMOUS, plan_named(auth.plans, DEFAULT_PLAN))
+
+    @classmethod
+    def load(cls, auth: Auth) -> "Gatekeeper":
+        """Raises `SettingsError`. Reads files."""
+        return cls(auth, Keyring.load(auth))
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self._keyring)
+
+    async def admit(self, http: web.Request) -> None:
+        """Tells the request its caller. Raises `CallerError` (401) with the challenge that RFC 9110 asks for."""
+        http[_CALLER] = self.authenticate(http.headers)
+
+    def authenticate(self, headers: Mapping[str, str]) -> Caller:
+        if not self.asks_for_keys:
+            return self._anonymous
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else headers.get("X-Api-Key", "")
+        caller = self._keyring.find(key, time.time()) if key else None
+        if caller is None:
+            what = "is not known here, or has expired" if key else "is missing; send Authorization: Bearer <key>"
+            challenge = {"WWW-Authenticate": 'Bearer realm="penstock"'}
+            raise CallerError("invalid_api_key", f"the API key {what}", status=401, headers=challenge)
+        return caller
+
+    # -- files that change -------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """For ever: reads the keys again when their file has changed. Streams that are open go on."""
+        while True:
+            await asyncio.sleep(self._auth.reload_seconds)
+            await self.reload()
+
+    async def reload(self) -> None:
+        """Takes the keys over if their file changed and is right; a file that is wrong changes nothing."""
+        seen = await asyncio.to_thread(_fingerprint, self._auth.keys_file)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._keyring = await asyncio.to_thread(Keyring.load, self._auth)
+        except SettingsError as error:
+            _log.error("the keys in use stay as they were: %s", error)
+        else:
+            _log.info("the keys were read again from %s", self._auth.keys_file)
+
+
+def _fingerprint(path: Path | None) -> tuple[int, int, int] | None:
+    """Changes with the file, be it written in place or replaced behind a link as Kubernetes replaces a Secret."""
+    try:
+        state = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return (state.st_mtime_ns, state.st_size, state.st_ino) if state else None

@@ -19,7 +19,7 @@ from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import Cancelled, Draining
 from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
-from penstock.shell.auth import Keyring
+from penstock.shell.auth import OPEN_ROUTES, Caller, Gatekeeper, caller_of
 from penstock.shell.client import ClientConnection
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
@@ -48,9 +48,9 @@ class _OpenStream:
 class Server:
     """All routes over one engine. `drain` before closing: it waits for open streams and ends the rest."""
 
-    def __init__(self, settings: Settings, keyring: Keyring, engine: Engine, telemetry: Telemetry) -> None:
+    def __init__(self, settings: Settings, gatekeeper: Gatekeeper, engine: Engine, telemetry: Telemetry) -> None:
         self._settings = settings
-        self._keyring = keyring
+        self._gatekeeper = gatekeeper
         self.engine = engine
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
@@ -60,7 +60,8 @@ class Server:
         self._draining = False
 
     def application(self) -> web.Application:
-        app = web.Application(middlewares=[self._errors], client_max_size=self._settings.limits.request_bytes)
+        most_bytes = self._settings.limits.request_bytes
+        app = web.Application(middlewares=[self._errors, self._gate], client_max_size=most_bytes)
         app.add_routes(
             [
                 web.post(STREAMS, self._native),
@@ -113,8 +114,9 @@ class Server:
         stream_id = "st_" + secrets.token_hex(16)
         trace = self._telemetry.begin(http.headers, route, stream_id)
         try:
-            principal = self._admit(http)
+            self._refuse_if_draining()
             request = await self._read(http, streams)
+            caller = _allowed(http, request)
             family = self._family(request)
         except Problem as problem:
             trace.refuse(problem.code, problem.status)
@@ -138,9 +140,9 @@ class Server:
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             buffer_bytes=self._settings.limits.buffer_bytes,
-            record=lambda record: self._record(stream_id, principal, trace, record),
+            record=lambda record: self._record(stream_id, caller.name, trace, record),
         )
-        await self._run(_OpenStream(principal, driver), stream_id)
+        await self._run(_OpenStream(caller.name, driver), stream_id)
         if client.response is None:
             raise ConnectionResetError("the client left before the answer began")
         return client.response
@@ -163,7 +165,8 @@ class Server:
 
     def _passed_authorization(self, http: web.Request) -> dict[str, str]:
         """Without keys of our own the caller's key is the engine's business, as if we were not there."""
-        if self._keyring or hdrs.AUTHORIZATION not in http.headers or self.engine.upstream.api_key is not None:
+        has_keys = self._gatekeeper.asks_for_keys or self.engine.upstream.api_key is not None
+        if has_keys or hdrs.AUTHORIZATION not in http.headers:
             return {}
         return {"Authorization": http.headers[hdrs.AUTHORIZATION]}
 
@@ -181,12 +184,10 @@ class Server:
         body, streams = request.engine_body, request.streams
         return None, PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
 
-    def _admit(self, http: web.Request) -> str:
-        principal = self._keyring.authenticate(http.headers)
+    def _refuse_if_draining(self) -> None:
         if self._draining:
             message = "this replica is shutting down; send the request again, it reaches another one"
             raise Overloaded("draining", message, headers={"Retry-After": _RETRY_SECONDS, "Connection": "close"})
-        return principal
 
     async def _read(self, http: web.Request, streams: bool | None) -> StreamRequest:
         upstream = self.engine.upstream
@@ -255,16 +256,14 @@ class Server:
 
     async def _cancel(self, http: web.Request) -> web.Response:
         """Idempotent: a stream that is over, or never was, is as cancelled as it will ever be."""
-        principal = self._keyring.authenticate(http.headers)
         stream = self._streams.get(http.match_info["id"])
-        if stream is not None and stream.principal == principal:
+        if stream is not None and stream.principal == caller_of(http).name:
             await stream.driver.tell(Cancelled(asyncio.get_running_loop().time()))
         return web.Response(status=204)
 
     # -- the rest ----------------------------------------------------------------------------------
 
     async def _models(self, http: web.Request) -> web.Response:
-        self._keyring.authenticate(http.headers)
         status, content_type, body = await self.engine.get("v1/models", self._passed_authorization(http))
         return web.Response(status=status, body=body, content_type=content_type)
 
@@ -280,6 +279,21 @@ class Server:
         if not await self.engine.is_healthy():
             return web.Response(status=503, text=f"the engine {self.engine.upstream.label} is not healthy\n")
         return web.Response(text="ready\n")
+
+    @web.middleware
+    async def _gate(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every route asks who calls, but for the few that are open: a new route is closed until it is named there."""
+        resource = request.match_info.route.resource  # None where there is no such route
+        if resource is not None and resource.canonical not in OPEN_ROUTES:
+            try:
+                await self._gatekeeper.admit(request)
+            except Problem as problem:
+                if request.method == hdrs.METH_POST:
+                    self._telemetry.begin(request.headers, resource.canonical, "").refuse(problem.code, problem.status)
+                raise
+        return await handler(request)
 
     @web.middleware
     async def _errors(
@@ -308,6 +322,15 @@ class Server:
 def _refuse(http: web.Request, problem: Problem) -> web.Response:
     body = openai_chat.refusal(problem) if http.path == CHAT else native.refusal(problem)
     return web.Response(status=problem.status, body=body, content_type="application/json", headers=problem.headers)
+
+
+def _allowed(http: web.Request, request: StreamRequest) -> Caller:
+    caller = caller_of(http)
+    if not caller.may_ask(request.model):
+        allowed = ", ".join(caller.plan.models)
+        message = f"the key of {caller.name} is not for the model {request.model!r}; it may ask for {allowed}"
+        raise CallerError("model_not_allowed", message, status=403, param="model")
+    return caller
 
 
 _NATIVE_KINDS: dict[str, Callable[[str], Dialect]] = {

@@ -1,0 +1,106 @@
+"""The settings that say who may do what, and how much of it: a part of `settings.py`, which explains the whole."""
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+_HASHED_KEY = re.compile(r"sha256:[0-9a-f]{64}")
+# A principal's name goes into logs, bills and the keys of Redis; `:` parts those of tokens and certificates off.
+_KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
+DEFAULT_PLAN = "default"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plan(_Part):
+    """What one principal may use. None is no limit of its own."""
+
+    requests_per_minute: int | None = Field(None, ge=1, description="requests; as many at once, then evenly")
+    tokens_per_minute: int | None = Field(None, ge=1, description="tokens, prompt and answer; as many at once")
+    streams: int | None = Field(None, ge=1, description="streams open at once; limits.streams_per_key by default")
+    quota_tokens: int | None = Field(None, ge=0, description="billed tokens in a period")
+    quota_period: Literal["day", "month"] = Field("month", description="the period of the quota, by the UTC calendar")
+    models: list[str] = Field(["*"], min_length=1, description="shell patterns of the models that may be asked for")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _from_a_word(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+class KeyEntry(_Part):
+    """One key as it is stored: its hash, until when it is good, and what its holder may use."""
+
+    hashed: str
+    expires: AwareDatetime | None = None
+    plan: str = DEFAULT_PLAN
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+    def allowed(self, plans: dict[str, Plan]) -> Plan:
+        """The plan with this key's own words over it. Raises `ValueError` naming the plan that is not there."""
+        return _merged(plan_named(plans, self.plan), self.overrides)
+
+
+def plan_named(plans: dict[str, Plan], name: str) -> Plan:
+    if name not in plans and name != DEFAULT_PLAN:
+        known = ", ".join(sorted({*plans, DEFAULT_PLAN}))
+        raise ValueError(f"plan {name!r} is not one of auth.plans ({known})")
+    return plans.get(name) or Plan()
+
+
+def read_key(text: str) -> KeyEntry:
+    """Reads `sha256:HEX [plan=NAME] [expires=TIME] [LIMIT=VALUE …]`. Raises `ValueError` with the remedy."""
+    hashed, *words = text.split() or [""]
+    if not _HASHED_KEY.fullmatch(hashed):
+        raise ValueError("must be sha256:<64 hex digits>, never the key itself; `penstock hash-key` makes one")
+    options = dict(word.partition("=")[::2] for word in words)
+    known = ["plan", "expires", *Plan.model_fields]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name!r} is nothing that a key can have; write NAME=VALUE, of {', '.join(known)}")
+    try:
+        expires = datetime.fromisoformat(options.pop("expires")) if "expires" in options else None
+        entry = KeyEntry(hashed=hashed, expires=expires, plan=options.pop("plan", DEFAULT_PLAN), overrides=options)
+        _merged(Plan(), entry.overrides)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(map(str, fault["loc"][:1]))
+        remedy = ", like expires=2027-01-31T00:00:00Z" if name == "expires" else ""
+        raise ValueError(f"{name}={fault['input']}: {fault['msg']}{remedy}") from None
+    return entry
+
+
+def _merged(plan: Plan, overrides: dict[str, Any]) -> Plan:
+    return Plan.model_validate({**plan.model_dump(), **overrides})
+
+
+def _stored_key(text: str) -> str:
+    read_key(text)
+    return text
+
+
+def key_name(name: str) -> str:
+    if not _KEY_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name for a caller; use up to 128 letters, digits and . _ @ -")
+    return name
+
+
+StoredKey = Annotated[str, AfterValidator(_stored_key)]
+KeyName = Annotated[str, AfterValidator(key_name)]
+
+
+class Auth(_Part):
+    keys_file: Path | None = Field(None, description="file of hashed keys, a line each: name=sha256:<hex> and options")
+    keys: dict[KeyName, StoredKey] = Field(
+        default_factory=dict, description="name -> sha256:<hex of the key> and options"
+    )
+    allow_anonymous: bool = Field(False, description="serve without keys beyond loopback; only behind your own gate")
+    reload_seconds: float = Field(5, gt=0, description="how often files of keys and certificates are looked at again")
+    plans: dict[str, Plan] = Field(
+        default_factory=dict, description="what callers may use, by the name that a key gives; `default` for the rest"
+    )
