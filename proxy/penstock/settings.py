@@ -129,13 +129,22 @@ class FamilySettings(_Part):
 class Limits(_Part):
     request_bytes: int = Field(10 * 2**20, ge=1024, description="largest request body")
     line_bytes: int = Field(2**20, ge=1024, description="longest line or event that an engine may send")
+    tool_call_bytes: int = Field(2**20, ge=1024, description="bytes of one tool call after which its stream is ended")
     stream_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of one stream after which it is ended")
     buffer_bytes: int = Field(256 * 2**10, ge=1024, description="bytes that may wait for a client that reads slowly")
     stream_seconds: float = Field(600, gt=0, description="seconds after which a stream is ended")
-    streams_per_key: int = Field(100, ge=1, description="streams that one caller may have open, unless its plan says")
+    streams: int = Field(2000, ge=1, description="open streams of this replica, past which new ones get 503")
+    streams_per_key: int = Field(
+        100, ge=1, description="streams that one caller may have open, unless its plan says; past it 429"
+    )
+    held_bytes: int = Field(256 * 2**20, ge=1024, description="bytes that all open streams may hold, then 503")
+    held_bytes_per_key: int = Field(
+        64 * 2**20, ge=1024, description="bytes that those of one caller may hold, then 429"
+    )
 
 
 class Timing(_Part):
+    request_seconds: float = Field(60, gt=0, description="time that a request's body may take to come in")
     connect_seconds: float = Field(5, gt=0, description="time for a connection to the engine")
     first_byte_seconds: float = Field(1, gt=0, description="the head of a stream waits no longer for the first token")
     heartbeat_seconds: float = Field(15, gt=0, description="silence after which a heartbeat is sent")

@@ -27,7 +27,7 @@ from penstock.core.signals import (
     EngineRefused,
 )
 from penstock.shell.telemetry import Telemetry
-from support.chunks import DONE, content, error, final_usage, finish, frame, role, whole
+from support.chunks import DONE, content, error, final_usage, finish, frame, role, tool, whole
 from support.playbook import STARTED, Outcome, Step, ask, play
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "endings.md"
@@ -84,6 +84,9 @@ CASES: dict[Key, Case] = {
         [content("x" * 2048, tokens=2)],
         [EngineClosed(LimitReached("stream_bytes_limit", "too large"), NOW)],
         bounds={"stream_bytes": 2048},
+    ),
+    ("cap_reached", "`limits.tool_call_bytes`"): Case(
+        [tool(name="f", call_id="c", arguments="{" + " " * 2048, tokens=2)], bounds={"tool_call_bytes": 2048}
     ),
     ("client_too_slow", "`limits.buffer_bytes`"): Case([ClientLagged(NOW)]),
     ("time_limit", "`limits.stream_seconds`"): told(ClockTicked(LATER)),

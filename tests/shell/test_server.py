@@ -308,7 +308,12 @@ async def test_an_engine_that_is_not_there_is_a_502(route: str) -> None:
         answer = await caller.post(route, chat(stream=True))
         assert (answer.status, answer.error["code"]) == (502, "engine_unreachable")
         assert "is it running?" in answer.error["message"]
-        assert (await caller.get("/v1/models")).status == 502
+        models = await caller.get("/v1/models")
+        assert (models.status, models.error["type"], models.error["code"]) == (
+            502,
+            "upstream_error",
+            "engine_unreachable",
+        )
         ready = await caller.get("/readyz")
         assert (ready.status, b"engine" in ready.body) == (503, True)
         assert (await caller.get("/healthz")).status == 200

@@ -29,6 +29,7 @@ GOLDEN: Final = VECTORS / "golden"
 STREAM_ID: Final = "st_00112233445566778899aabbccddeeff"
 BOUNDS: Final = Bounds(
     line_bytes=1 << 20,
+    tool_call_bytes=1 << 20,
     stream_bytes=1 << 24,
     buffer_bytes=1 << 18,
     stream_seconds=600.0,

@@ -36,6 +36,7 @@ STARTED = 100.0
 EPOCH_MS = 1_000_000
 GENEROUS = Bounds(
     line_bytes=1 << 20,
+    tool_call_bytes=1 << 24,
     stream_bytes=1 << 24,
     buffer_bytes=1 << 20,
     stream_seconds=600.0,

@@ -82,6 +82,7 @@ class Bounds:
     """The caps and times of one stream. Sizes in bytes, times in seconds."""
 
     line_bytes: int
+    tool_call_bytes: int
     stream_bytes: int
     buffer_bytes: int
     stream_seconds: float
@@ -205,6 +206,8 @@ class Exchange:
             return commands + self._conclude(now, engine_is_done=done)
         if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
+        if self._tools.longest_call > self._setting.bounds.tool_call_bytes:
+            return commands + self._fail(Ending.CAP_REACHED, self._call_cap(), now)
         return commands
 
     def _travel(self, items: list[Event]) -> list[Event]:
@@ -464,6 +467,11 @@ class Exchange:
         cap = self._setting.bounds.stream_bytes
         message = f"the answer reached {cap} bytes, the limit of this deployment (limits.stream_bytes)"
         return LimitReached("stream_bytes_limit", message)
+
+    def _call_cap(self) -> LimitReached:
+        cap = self._setting.bounds.tool_call_bytes
+        message = f"a tool call reached {cap} bytes, the limit of this deployment (limits.tool_call_bytes)"
+        return LimitReached("tool_call_bytes_limit", message)
 
     def _lag(self) -> LimitReached:
         message = f"more than {self._setting.bounds.buffer_bytes} bytes wait for a client that does not read"

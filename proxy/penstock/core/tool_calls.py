@@ -25,6 +25,7 @@ from penstock.core.events import (
     ToolStarted,
     Warned,
     Withheld,
+    utf8_size,
 )
 
 # `{"name": "x", "arguments": {` in the order that every Hermes-style template asks for.
@@ -72,6 +73,11 @@ class ToolCalls:
             calls.abandon(out)
         return out
 
+    @property
+    def longest_call(self) -> int:
+        """UTF-8 bytes of the longest call that is still open, whether they were passed on or held."""
+        return max((calls.longest for calls in self._choices.values()), default=0)
+
     def _choice(self, choice: int) -> "_ChoiceCalls":
         found = self._choices.get(choice)
         if found is None:
@@ -80,7 +86,19 @@ class ToolCalls:
 
 
 class _Call:
-    __slots__ = ("call_id", "changed", "engine_id", "index", "name", "over", "pieces", "problem", "started", "tokens")
+    __slots__ = (
+        "call_id",
+        "changed",
+        "engine_id",
+        "index",
+        "name",
+        "over",
+        "pieces",
+        "problem",
+        "size",
+        "started",
+        "tokens",
+    )
 
     def __init__(self, call_id: str, engine_id: str | None, index: int, name: str) -> None:
         self.call_id = call_id
@@ -88,6 +106,7 @@ class _Call:
         self.index = index
         self.name = name
         self.pieces: list[str] = []
+        self.size = 0  # UTF-8 bytes of the pieces
         self.tokens = 0  # of arguments that came before the name
         self.problem: str | None = None
         self.started = False
@@ -112,6 +131,11 @@ class _ChoiceCalls:
         self._reader: _HermesReader | _ArgumentsReader | None = None
         self._markup_call: _Call | None = None
         self._in_text = False
+
+    @property
+    def longest(self) -> int:
+        held = self._reader.held if isinstance(self._reader, _HermesReader) else 0
+        return max((call.size for call in self._open), default=0) + held
 
     def delta(self, item: ToolDelta, out: list[Event]) -> None:
         call = self._by_index.get(item.index)
@@ -200,6 +224,7 @@ class _ChoiceCalls:
 
     def _arguments(self, call: _Call, text: str, tokens: int, out: list[Event]) -> None:
         call.pieces.append(text)
+        call.size += utf8_size(text)
         call.changed = True
         if call.started:
             out.append(ToolArguments(self._choice, call.call_id, text, tokens))
@@ -288,6 +313,7 @@ class _HermesReader:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.held = 0  # UTF-8 bytes that wait for the name
         self._pieces: list[str] = []
         self._size = 0
         self._tail = ""
@@ -303,11 +329,13 @@ class _HermesReader:
         self._pieces.append(text)
         head = "".join(self._pieces) if self._size < _MOST_HEAD else ""
         self._size += len(text)
+        self.held += utf8_size(text)
         found = _HERMES_HEAD.match(head, 0, _MOST_HEAD)
         name = _json_string(found.group(1)) if found else None
         if found is None or name is None:
             return "", ""
         self.name = name
+        self.held = 0
         self._end = _ObjectEnd()
         markup, arguments = self._take(self._end, head[found.end() :])
         return found.group() + markup, arguments

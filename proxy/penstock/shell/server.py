@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 
@@ -19,6 +20,7 @@ from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import Cancelled, Draining
 from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
+from penstock.shell.admission import RETRY, Admission, Place, read_body
 from penstock.shell.auth import OPEN_ROUTES, Caller, Gatekeeper, caller_of
 from penstock.shell.client import ClientConnection
 from penstock.shell.driver import Driver
@@ -30,7 +32,9 @@ _log = logging.getLogger("penstock")
 
 CHAT = "/v1/chat/completions"
 STREAMS = "/v1/streams"
-_RETRY_SECONDS = "1"
+MODELS = "/v1/models"
+# Whose clients are OpenAI's: they read errors in its shape only.
+_OPENAI_ROUTES = {CHAT, MODELS}
 # nginx's status for a client that left before its answer; nobody is there to see it but the trace.
 _CLIENT_GONE = 499
 # Read while importing, not while serving: reading a file blocks.
@@ -54,20 +58,20 @@ class Server:
         self.engine = engine
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
+        self._admission = Admission(settings.limits)
         self._streams: dict[str, _OpenStream] = {}
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._draining = False
 
     def application(self) -> web.Application:
-        most_bytes = self._settings.limits.request_bytes
-        app = web.Application(middlewares=[self._errors, self._gate], client_max_size=most_bytes)
+        app = web.Application(middlewares=[self._errors, self._gate])
         app.add_routes(
             [
                 web.post(STREAMS, self._native),
                 web.delete(STREAMS + "/{id}", self._cancel),
                 web.post(CHAT, self._openai_chat),
-                web.get("/v1/models", self._models),
+                web.get(MODELS, self._models),
                 web.get("/v1/schema", self._show_schema),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
@@ -113,20 +117,31 @@ class Server:
     ) -> web.StreamResponse:
         stream_id = "st_" + secrets.token_hex(16)
         trace = self._telemetry.begin(http.headers, route, stream_id)
-        try:
-            self._refuse_if_draining()
-            request = await self._read(http, streams)
-            caller = _allowed(http, request)
-            family = self._family(request)
-        except Problem as problem:
-            trace.refuse(problem.code, problem.status)
-            raise
-        except web.HTTPException as error:
-            trace.refuse("request_too_large", error.status)
-            raise
-        except asyncio.CancelledError:
-            trace.refuse("client_gone", _CLIENT_GONE)
-            raise
+        with ExitStack() as entered:
+            try:
+                self._refuse_if_draining()
+                place = entered.enter_context(self._admission.entered(caller_of(http)))
+                request = await self._read(http, streams, place)
+                caller = _allowed(http, request)
+                family = self._family(request)
+            except Problem as problem:
+                trace.refuse(problem.code, problem.status)
+                raise
+            except asyncio.CancelledError:
+                trace.refuse("client_gone", _CLIENT_GONE)
+                raise
+            return await self._answer(http, stream_id, trace, caller, request, family, spell)
+
+    async def _answer(
+        self,
+        http: web.Request,
+        stream_id: str,
+        trace: StreamTrace,
+        caller: Caller,
+        request: StreamRequest,
+        family: Family,
+        spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
+    ) -> web.StreamResponse:
         headers = self._engine_headers(http, trace, request, stream_id)
         reader, source = self._choose_source(stream_id, family, request, headers)
         setting = self._setting(stream_id, family, request, trace, reader)
@@ -187,14 +202,11 @@ class Server:
     def _refuse_if_draining(self) -> None:
         if self._draining:
             message = "this replica is shutting down; send the request again, it reaches another one"
-            raise Overloaded("draining", message, headers={"Retry-After": _RETRY_SECONDS, "Connection": "close"})
+            raise Overloaded("draining", message, headers={**RETRY, "Connection": "close"})
 
-    async def _read(self, http: web.Request, streams: bool | None) -> StreamRequest:
-        upstream = self.engine.upstream
-        try:
-            body = await http.read()
-        except web.RequestPayloadError:
-            raise CallerError("invalid_json", "the request body is not what its Content-Encoding says") from None
+    async def _read(self, http: web.Request, streams: bool | None, place: Place) -> StreamRequest:
+        limits, timing, upstream = self._settings.limits, self._settings.timing, self.engine.upstream
+        body = await read_body(http, limits.request_bytes, timing.request_seconds, place)
         return read_request(
             body,
             streams=streams,
@@ -227,6 +239,7 @@ class Server:
             reasoning=request.reasoning or self._settings.reasoning,
             bounds=Bounds(
                 line_bytes=limits.line_bytes,
+                tool_call_bytes=limits.tool_call_bytes,
                 stream_bytes=limits.stream_bytes,
                 buffer_bytes=limits.buffer_bytes,
                 stream_seconds=limits.stream_seconds,
@@ -304,10 +317,6 @@ class Server:
             return await handler(request)
         except Problem as problem:
             return _refuse(request, problem)
-        except web.HTTPRequestEntityTooLarge:
-            limit = self._settings.limits.request_bytes
-            message = f"the request body is larger than {limit} bytes (limits.request_bytes)"
-            return _refuse(request, CallerError("request_too_large", message, status=413))
         except web.HTTPException as error:
             message = f"{request.method} {request.path}: {error.reason}"
             headers = {str(name): error.headers[name] for name in (hdrs.ALLOW,) if name in error.headers}
@@ -320,7 +329,7 @@ class Server:
 
 
 def _refuse(http: web.Request, problem: Problem) -> web.Response:
-    body = openai_chat.refusal(problem) if http.path == CHAT else native.refusal(problem)
+    body = openai_chat.refusal(problem) if http.path in _OPENAI_ROUTES else native.refusal(problem)
     return web.Response(status=problem.status, body=body, content_type="application/json", headers=problem.headers)
 
 
