@@ -130,11 +130,11 @@ def _final_completion(url: str, request: Json) -> Json:
 
 @contextmanager
 def _sync_client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{url}/v1", api_key=_KEY, max_retries=0, timeout=30) as client:
+    with OpenAI(base_url=f"{url}/v1", api_key=_KEY, max_retries=0, timeout=120) as client:
         yield client
 
 
 @asynccontextmanager
 async def _async_client(url: str) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=_KEY, max_retries=0, timeout=30) as client:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=_KEY, max_retries=0, timeout=120) as client:
         yield client
