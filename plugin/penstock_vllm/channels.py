@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, Protocol
 
-from penstock_vllm.frames import Channel
+from penstock_vllm.frames import MOST_STATE_BYTES, Channel
 
 Run = tuple[int, Sequence[int]]
 
@@ -42,6 +42,9 @@ class Vocabulary(Protocol):
 
     def piece(self, token_id: int) -> bytes:
         """The bytes that this id adds to the text: a special token's own name, nothing where there is no such id."""
+
+    def prompt_end(self, prompt: Sequence[int], *, skips_special: bool) -> Sequence[int]:
+        """As much of the prompt's end as settles how the first generated token is written."""
 
 
 # What a lookup says of an id: an ordinary one gives None, a marker's the state that it leads to, and this is for an
@@ -118,6 +121,7 @@ class Table:
 
     def __init__(self, family: Mapping[str, Any], vocabulary: Vocabulary) -> None:
         self.piece = vocabulary.piece
+        self.prompt_end = vocabulary.prompt_end
         described = _described(family)
         self._states = {name: _State(name, state["channel"]) for name, state in described.items()}
         marker_ids: set[int] = set()
@@ -180,6 +184,11 @@ class Tagger:
         self._header = b""
         # A prompt's own words (a role's name) are no answer, so they do not leave a state for its `otherwise`.
         self._walks = walks
+
+    @property
+    def state_name(self) -> str:
+        """The family's name of the state that it is in."""
+        return self._state.name
 
     def fork(self) -> "Tagger":
         """Another one in the same state, with nothing to give out: each choice goes its own way from the prompt."""
@@ -324,6 +333,8 @@ def _described(family: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     states = family.get("states")
     if not isinstance(states, dict) or not 0 < len(states) <= _MOST_STATES:
         raise FamilyError(f"a family has from 1 to {_MOST_STATES} states")
+    if any(len(name.encode(errors="replace")) > MOST_STATE_BYTES for name in states):
+        raise FamilyError(f"the name of a state is longer than {MOST_STATE_BYTES} bytes")
     return {name: _described_state(name, state) for name, state in states.items()}
 
 

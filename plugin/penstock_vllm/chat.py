@@ -57,6 +57,8 @@ class Chat:
     choices: int
     own_stop_ids: frozenset[int]
     shows_stop_tokens: bool
+    skips_special: bool
+    shows_prompt: bool
 
 
 class ChatDoor:
@@ -77,6 +79,8 @@ class ChatDoor:
             handler = copy.copy(self._app.state.openai_serving_chat)
             handler.chat_completion_stream_generator = _captured
             answer = await handler.create_chat_completion(body, raw)
+        except Refusal:
+            raise
         except Exception as error:
             raise await self.refusal(error, raw) from error
         if not isinstance(answer, Chat):
@@ -147,6 +151,8 @@ def _captured(request: Any, results: AsyncGenerator[Any], request_id: str, *_arg
         request.n or 1,
         frozenset(request.stop_token_ids or ()),
         bool(request.include_stop_str_in_output),
+        bool(request.skip_special_tokens),
+        bool(request.return_token_ids),
     )
 
 
@@ -173,7 +179,9 @@ def _request_class() -> Any:
         def to_sampling_params(self, *args: Any, **kwargs: Any) -> Any:
             parameters = super().to_sampling_params(*args, **kwargs)
             if parameters.stop:
-                raise ValueError("this server stops at strings of its own, which a tagged stream cannot do")
+                _refuse_text("stop", "this server stops at strings of its own, which a tagged stream cannot do")
+            if parameters.logprobs is not None or parameters.prompt_logprobs is not None:
+                _refuse_text("logprobs", "this server tells logprobs of its own accord, which a tagged stream cannot")
             parameters.detokenize = False
             parameters.output_kind = RequestOutputKind.FINAL_ONLY
             return parameters

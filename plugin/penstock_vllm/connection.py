@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from penstock_vllm.channels import FamilyError, Table, Tables
-from penstock_vllm.chat import Chat, ChatDoor, Refusal, final_reasons
+from penstock_vllm.chat import NEEDS_TEXT_CODE, Chat, ChatDoor, Refusal, final_reasons
 from penstock_vllm.frames import LARGEST_STREAM
 from penstock_vllm.outbox import Outbox
 from penstock_vllm.streams import OpenStreams, Stream, refused
@@ -117,10 +117,11 @@ class Connection:
         except Refusal as refusal:
             self._refuse(number, refusal.status, refusal.body)
         except FamilyError as error:
-            self._refuse(number, 400, _error_body(400, str(error), "family"))
+            self._refuse(number, 422, _error_body(422, NEEDS_TEXT_CODE, str(error), "family"))
         except Exception:
             _log.exception("penstock: stream %d failed outside the engine", number)
-            self._refuse(number, 500, _error_body(500, "Penstock's plugin failed; the engine's log says why", None))
+            message = "Penstock's plugin failed; the engine's log says why"
+            self._refuse(number, 500, _error_body(500, "InternalServerError", message, None))
 
     def _refuse(self, number: int, status: int, body: Mapping[str, Any]) -> None:
         if stream := self._streams.get(number):
@@ -145,6 +146,8 @@ class Connection:
             choices=chat.choices,
             own_stop_ids=chat.own_stop_ids,
             shows_stop_tokens=chat.shows_stop_tokens,
+            skips_special=chat.skips_special,
+            shows_prompt=chat.shows_prompt,
         )
         return stream
 
@@ -185,6 +188,5 @@ def _operation(text: str | None) -> dict[str, Any]:
     return operation
 
 
-def _error_body(status: int, message: str, param: str | None) -> dict[str, Any]:
-    kind = "BadRequestError" if status == 400 else "InternalServerError"
+def _error_body(status: int, kind: str, message: str, param: str | None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}

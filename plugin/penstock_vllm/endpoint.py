@@ -39,6 +39,7 @@ class PenstockRoutes:
         self._most_bytes = DEFAULT_BYTES
         self._models: list[str] = []
         self._max_model_len: int | None = None
+        self._fingerprint: str | None = None
 
     def attach_router(self, app: Any) -> None:
         """Called by vLLM while it builds its application; also hooks the tap in."""
@@ -72,6 +73,7 @@ class PenstockRoutes:
             self._step_aside("output_tap", "the engine client of this process has no request states")
         if getattr(state, "openai_serving_chat", None) is None:
             self._step_aside("output_tap", "this model has no chat route")
+        self._fingerprint = getattr(getattr(state, "openai_serving_chat", None), "system_fingerprint", None)
         full = engine_client.get_tokenizer()
         tokenizer = fast_tokenizer(full)
         if tokenizer is not None:
@@ -99,6 +101,7 @@ class PenstockRoutes:
                 "plugin": penstock_vllm.__version__,
                 "frames": [frames.VERSION],
                 "vllm": vllm_version(),
+                "system_fingerprint": self._fingerprint,
                 "instance": self._instance,
                 "models": self._models,
                 "max_model_len": self._max_model_len,

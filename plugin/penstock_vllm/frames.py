@@ -11,13 +11,13 @@ from typing import Final
 
 VERSION: Final = 1
 MOST_CHOICES: Final = 256
-MOST_PROMPT_END: Final = 64
 LARGEST_STREAM: Final = 2**32 - 1
 LOST_OUTBOX_FULL: Final = 1
 
 _PREFIX = bytes([VERSION])
 _MOST_IDS = 2**16 - 1
 _MOST_STOP_BYTES = 2**16 - 1
+MOST_STATE_BYTES: Final = 255
 
 _BEGIN, _TOKENS, _FINISH, _END, _ERROR, _LOST = range(1, 7)
 
@@ -53,10 +53,11 @@ def message(records: Iterable[bytes]) -> bytes:
     return _PREFIX + b"".join(records)
 
 
-def begin(stream: int, prompt_tokens: int, cached_tokens: int, prompt_end: Sequence[int]) -> bytes:
-    """`prompt_end` is cut to the last 64 ids."""
-    ids = prompt_end[-MOST_PROMPT_END:]
-    return pack(f"<BIIIH{len(ids)}I", _BEGIN, stream, prompt_tokens, cached_tokens, len(ids), *ids)
+def begin(stream: int, prompt_tokens: int, cached_tokens: int, prompt_end: Sequence[int], state: str) -> bytes:
+    """`prompt_end` is as much of the prompt's end as matters; `state` the family's in which the model begins."""
+    name, count = state.encode(), len(prompt_end)
+    head = pack(f"<BIIII{count}I", _BEGIN, stream, prompt_tokens, cached_tokens, count, *prompt_end)
+    return head + bytes([len(name)]) + name
 
 
 def tokens(stream: int, choice: int, channel: int, ids: Sequence[int]) -> bytes:

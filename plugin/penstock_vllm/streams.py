@@ -28,12 +28,17 @@ class Stream:
         choices: int = 1,
         own_stop_ids: Collection[int] = (),
         shows_stop_tokens: bool = False,
+        skips_special: bool = True,
+        shows_prompt: bool = False,
     ) -> None:
-        """`own_stop_ids` are those the request named; `shows_stop_tokens`: the id that ends a choice is part of it."""
+        """`own_stop_ids` are those the request named; `shows_stop_tokens`: the id that ends a choice is part of it;
+        `skips_special`: special tokens are left out of the text; `shows_prompt`: all of the prompt's ids are told."""
         self.number = number
         self.outbox = outbox
         self.own_stop_ids = own_stop_ids
         self.shows_stop_tokens = shows_stop_tokens
+        self.skips_special = skips_special
+        self.shows_prompt = shows_prompt
         self.is_over = False
         self.has_begun = False
         self.engine_ids: list[str] = []
@@ -46,8 +51,9 @@ class Stream:
     def begin(self, prompt: Sequence[int], prompt_tokens: int, cached_tokens: int) -> None:
         """Told once, before the first token. `prompt` is empty where it had no ids."""
         self.has_begun = True
-        self._from_prompt = self._table.tagger(prompt)
-        self.outbox.put(frames.begin(self.number, prompt_tokens, cached_tokens, prompt))
+        tagger = self._from_prompt = self._table.tagger(prompt)
+        end = prompt if self.shows_prompt else self._table.prompt_end(prompt, skips_special=self.skips_special)
+        self.outbox.put(frames.begin(self.number, prompt_tokens, cached_tokens, end, tagger.state_name))
 
     def choice(self, index: int) -> "Choice":
         """A choice that begins, after `begin`."""

@@ -40,9 +40,9 @@ def load(path: Path) -> tuple[Json, bytes]:
 def as_vector(record: Record) -> Json:
     """A record as the vectors spell it."""
     match record:
-        case Begin(stream, prompt_tokens, cached_tokens, prompt_end):
+        case Begin(stream, prompt_tokens, cached_tokens, prompt_end, state):
             counts = {"prompt_tokens": prompt_tokens, "cached_tokens": cached_tokens}
-            return {"kind": "begin", "stream": stream, **counts, "prompt_end": list(prompt_end)}
+            return {"kind": "begin", "stream": stream, **counts, "prompt_end": list(prompt_end), "state": state}
         case Tokens(stream, choice, tag, ids):
             return {"kind": "tokens", "stream": stream, "choice": choice, "channel": tag.name.lower(), "ids": list(ids)}
         case Finish(stream, choice, cause, reason, stop):
@@ -61,9 +61,10 @@ def as_vector(record: Record) -> Json:
 u8, u16, u32 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32))
 ascii_texts = st.text(st.characters(codec="ascii"), max_size=255)
 utf8_texts = st.text(st.characters(codec="utf-8"), max_size=40)
+names = utf8_texts.filter(lambda text: len(text.encode()) < 256)
 some_ids = st.lists(u32, max_size=70).map(tuple)
 records: st.SearchStrategy[Record] = st.one_of(
-    st.builds(Begin, u32, u32, u32, some_ids),
+    st.builds(Begin, u32, u32, u32, some_ids, names),
     st.builds(Tokens, u32, u8, st.sampled_from(Tag), some_ids.filter(len)),
     st.builds(Finish, u32, u8, st.sampled_from(CAUSES), ascii_texts, st.none() | u32 | utf8_texts),
     st.builds(End, u32),
@@ -145,7 +146,7 @@ def test_every_cut_of_a_vector(path: Path) -> None:
 @thorough(1000)
 @given(st.binary(max_size=120))
 @example(b"\x01\x05\x01\0\0\0\xf4\x01\xff\xff\xff\xff")
-@example(b"\x01\x01\x01\0\0\0" + b"\0" * 8 + b"\xff\xff")
+@example(b"\x01\x01\x01\0\0\0" + b"\0" * 8 + b"\xff\xff\xff\xff")
 def test_bytes_that_nobody_should_send_are_read_or_refused(data: bytes) -> None:
     read_or_refused(data)
     read_or_refused(bytes([VERSION]) + data)

@@ -1,6 +1,7 @@
 """Plain chunks and tagged tokens give the same events, byte for byte, but for what only one of them can know."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from support.sockets import until
 
 pytestmark = pytest.mark.engine
 
-# The stream's own name and clock, the ids that vLLM draws for its calls, and vLLM's own extra fields.
-OWN = {"stream_id", "ts", "seq", "duration_ms", "ttft_ms", "events", "call_id", "ext"}
+# The stream's own name and clock, and the ids that vLLM draws for its calls.
+OWN = {"stream_id", "ts", "seq", "duration_ms", "ttft_ms", "events", "call_id"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ SCRIPTS: dict[str, Json] = {
     "thinking never closed": {"texts": ("<think>\nOn and on.",), "max_tokens": 6},
     "cut in the middle of an emoji": {"texts": ("Hi 👩‍👩‍👧",), "bytewise": True, "max_tokens": 5},
     "token ids": {"texts": (THINKING,), "return_token_ids": True},
+    "token ids of two choices": {"texts": (THINKING, EMOJI), "return_token_ids": True},
     "special tokens shown": {"texts": ("Hi<|im_start|>there",), "skip_special_tokens": False},
     "special tokens cut out": {"texts": ("Hi<|im_start|>there",)},
     "a stop token": {"texts": ("Hello! How can I",), "stop_token_ids": [33]},
@@ -131,3 +133,31 @@ async def test_a_client_that_leaves_ends_the_generation(both: Both, engine: Engi
 
 async def _is_running(engine: Engine, count: int) -> bool:
     return await asyncio.to_thread(engine.running_requests) == count
+
+
+# --- What only the engine can know ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["So it is.\n</think>\n\nHello.", "</think>\n\nHello.", "So it is, and on"])
+async def test_thinking_that_the_template_opened(engine: Engine, both: Both, script: Script, text: str) -> None:
+    """The plugin sees what the prompt has opened, as vLLM's own parser does."""
+    request = script(text, chat_template_kwargs={"open_think": True})
+    async with sidecar(engine.url) as parsed, calling(parsed.url) as caller:
+        plain = await caller.stream(NDJSON, model=engine.parsed_model, **request)
+    tagged = await both.tagged.stream(NDJSON, **request)
+    # vLLM's parser takes the line breaks around a thought away.
+    assert tagged.reasoning().strip() == plain.reasoning().strip() == text.partition("</think>")[0].strip()
+    assert tagged.text().strip() == plain.text().strip() == text.partition("</think>")[2].strip()
+
+
+async def test_a_chunk_has_the_head_of_vllms_own(both: Both, script: Script) -> None:
+    request = script(THINKING, stream=True, stream_options={"include_usage": True})
+    before = int(time.time())
+    plain, tagged = await both.plain.chat(**request), await both.tagged.chat(**request)
+    for answer in (plain, tagged):
+        assert all(chunk["id"] == f"chatcmpl-{answer.headers['X-Stream-Id']}" for chunk in answer.chunks)
+        assert all(before <= chunk["created"] <= time.time() for chunk in answer.chunks)
+    own = {"id", "created", "choices", "usage"}
+    heads = [{k: v for k, v in chunk.items() if k not in own} for chunk in (plain.chunks[-1], tagged.chunks[-1])]
+    assert heads[0] == heads[1]
+    assert "system_fingerprint" in heads[0]

@@ -80,7 +80,7 @@ class Door:
                 await asyncio.get_running_loop().create_future()
         name = str(request.get("name", "a"))
         ended = self.running[name] = asyncio.get_running_loop().create_future()
-        return Chat(name, self._results(name, ended), request.get("n", 1), frozenset(), shows_stop_tokens=False)
+        return Chat(name, self._results(name, ended), request.get("n", 1), frozenset(), False, True, False)
 
     async def _results(self, name: str, ended: asyncio.Future[Any]) -> AsyncGenerator[Any]:
         try:
@@ -193,7 +193,7 @@ async def test_a_refusal_is_passed_on_as_it_is(plugin: Plugin) -> None:
 async def test_a_family_that_makes_no_sense_is_refused(plugin: Plugin) -> None:
     plugin.socket.say({"op": "open", "stream": 7, "request": {}, "family": {"start": "x", "states": {}}})
     refusal = await plugin.socket.hears()
-    assert (refusal["status"], refusal["body"]["error"]["param"]) == (400, "family")
+    assert (refusal["status"], refusal["body"]["error"]["param"]) == (422, "family")
 
 
 async def test_a_bug_of_ours_refuses_that_stream(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:

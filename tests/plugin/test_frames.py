@@ -25,7 +25,8 @@ def written(record: dict[str, Any]) -> bytes:
     stream = record["stream"]
     match record["kind"]:
         case "begin":
-            return frames.begin(stream, record["prompt_tokens"], record["cached_tokens"], record["prompt_end"])
+            counts = record["prompt_tokens"], record["cached_tokens"]
+            return frames.begin(stream, *counts, record["prompt_end"], record["state"])
         case "tokens":
             return frames.tokens(stream, record["choice"], Channel[record["channel"].upper()], record["ids"])
         case "finish":
@@ -60,8 +61,8 @@ def pairs(draw: st.DrawFn) -> tuple[bytes, Record]:
     stream = draw(streams)
     match draw(st.sampled_from(["begin", "tokens", "finish", "end", "error", "lost"])):
         case "begin":
-            prompt, cached, end = draw(numbers), draw(numbers), draw(ids)
-            return frames.begin(stream, prompt, cached, end), Begin(stream, prompt, cached, tuple(end[-64:]))
+            prompt, cached, end, state = draw(numbers), draw(numbers), draw(ids), draw(text)
+            return frames.begin(stream, prompt, cached, end, state), Begin(stream, prompt, cached, tuple(end), state)
         case "tokens":
             choice, tag, run = draw(choices), draw(st.sampled_from(Tag)), draw(ids.filter(bool))
             return frames.tokens(stream, choice, tag, run), Tokens(stream, choice, tag, tuple(run))

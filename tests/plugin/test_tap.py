@@ -121,7 +121,7 @@ async def test_a_stream_from_its_first_step_to_its_last(engine: Engine) -> None:
     engine.step(Output("a-1", []))
     engine.step(Output("a-1", [4, EOS], FinishReason.STOP))
     assert await engine.said() == [
-        Begin(5, 3, 2, (7, 8, 9)),
+        Begin(5, 3, 2, (7, 8, 9), "answer"),
         Tokens(5, 0, Tag.MARKER, (THINK,)),
         Tokens(5, 0, Tag.REASONING, (1, 2)),
         Tokens(5, 0, Tag.MARKER, (END_OF_THINK,)),
@@ -139,7 +139,7 @@ async def test_the_choices_of_a_request_go_their_own_ways_and_end_together(engin
     engine.step(Output("b-1", [2], FinishReason.LENGTH), Output("b-2", [3]))
     engine.step(Output("b-2", [4], FinishReason.LENGTH))
     said = await engine.said()
-    assert [record for record in said if isinstance(record, Begin)] == [Begin(5, 3, 0, (7, 8, 9))]
+    assert [record for record in said if isinstance(record, Begin)] == [Begin(5, 3, 0, (7, 8, 9), "answer")]
     assert [(record.choice, record.tag, record.ids) for record in said if isinstance(record, Tokens)] == [
         (0, Tag.MARKER, (THINK,)),
         (1, Tag.ANSWER, (1,)),
@@ -158,7 +158,7 @@ async def test_a_prompt_of_embeddings_has_a_length_and_no_ids(engine: Engine) ->
     engine.processor.request_states["a-1"] = State("a", prompt=None)
     engine.open(5, "a")
     engine.step(Output("a-1", [1]))
-    assert (await engine.said())[0] == Begin(5, 12, 0, ())
+    assert (await engine.said())[0] == Begin(5, 12, 0, (), "answer")
 
 
 async def test_all_streams_of_a_step_are_one_message(engine: Engine) -> None:

@@ -68,3 +68,25 @@ def test_only_a_fast_tokenizer_is_offered() -> None:
     assert fast_tokenizer(Wrapped(tokenizer, is_fast=False)) is None
     assert fast_tokenizer(Wrapped(object())) is None
     assert fast_tokenizer(None) is None
+
+
+# --- How much of a prompt the sidecar must see ---------------------------------------------------------
+
+TURN = "The weather in Paris. " * 40 + "assistant\n"
+
+
+def test_the_last_64_ids_of_a_prompt_are_enough_as_a_rule() -> None:
+    for shape in SHAPES:
+        ids = made(shape).encode(TURN)
+        assert TokenizerVocabulary(made(shape).tokenizer).prompt_end(ids, skips_special=True) == ids[-64:]
+
+
+def test_a_prompt_whose_end_does_not_settle_how_the_next_token_is_written_is_told_whole() -> None:
+    qwen, mistral, gemma = made("qwen"), made("mistral"), made("gemma")
+    broken = qwen.encode(TURN) + [qwen.bytes[0xF0]]
+    images = mistral.encode(TURN) + [mistral.added["[IMG]"]] * 99
+    run = gemma.encode(TURN) + [gemma.bytes[byte] for byte in ("é" * 50).encode()]
+    for shape, ids in (("qwen", broken), ("mistral", images), ("gemma", run)):
+        assert TokenizerVocabulary(made(shape).tokenizer).prompt_end(ids, skips_special=True) == ids
+    shown = TokenizerVocabulary(mistral.tokenizer).prompt_end(images, skips_special=False)
+    assert shown == images[-64:]

@@ -5,7 +5,6 @@ what it finds.
 """
 
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.detokenize import Detokenizer, Vocabulary
+from penstock_vllm.vocabulary import TokenizerVocabulary
 from support.strategies import CLUSTERS, model_texts, thorough
 from support.tokenizers_made import CORPUS, SHAPES, MadeTokenizer, made
 from support.vllm_detokenizer import Case, VllmDetokenizer, vllm_detokenizer
@@ -27,7 +27,6 @@ IN_A_SOAK, IN_EVERY_RUN = 1_000_000, 4_000
 BATCH = 250
 # What BEGIN carries of a prompt as a rule.
 PROMPT_END = 64
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Oracle:
@@ -36,6 +35,7 @@ class Oracle:
     def __init__(self, vllm: VllmDetokenizer, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.vllm = vllm
         self.vocabularies = vocabularies
+        self.plugins = {shape: TokenizerVocabulary(vocabulary.tokenizer) for shape, vocabulary in vocabularies.items()}
 
     def assert_same(self, cases: Sequence[Case]) -> None:
         for case, expected in zip(cases, self.vllm.texts(cases), strict=True):
@@ -52,23 +52,8 @@ class Oracle:
         return [detokenizer.feed(tuple(ids)) for ids in (*before, last[: len(last) - case.stopped])]
 
     def prompt_end(self, case: Case) -> Sequence[int]:
-        """What BEGIN must carry: the last 64 ids, or all where those do not settle how the next token is written."""
-        end = case.prompt[-PROMPT_END:]
-        return end if self.settles(case, end) else case.prompt
-
-    def settles(self, case: Case, end: Sequence[int]) -> bool:
-        """Whether `end` holds a token that is text by itself (not skipped, no part of a run of bytes) and is whole.
-
-        A decoder strips space in front of the first text that it sees, and makes text of a run of byte tokens only
-        as a whole. A prompt that ends within a character is said again by vLLM, all of it, with the first token.
-        """
-        vocabulary = self.vocabularies[case.tokenizer]
-        tokenizer, skipped = vocabulary.tokenizer, vocabulary.special if case.skip_special_tokens else {}
-        texts = [tokenizer.id_to_token(number) for number in end if number not in skipped]
-        if all(text is None or _BYTE_TOKEN.fullmatch(text) for text in texts):
-            return False
-        decoded: str = tokenizer.decode(list(end), skip_special_tokens=case.skip_special_tokens)
-        return not decoded.endswith("\ufffd")
+        """What the plugin puts into BEGIN."""
+        return self.plugins[case.tokenizer].prompt_end(case.prompt, skips_special=case.skip_special_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -215,10 +200,10 @@ LONG_PROMPTS = dict(long_prompts())
 
 
 @pytest.mark.parametrize("name", LONG_PROMPTS)
-def test_where_the_last_64_ids_of_a_prompt_do_not_settle_it_the_whole_prompt_does(oracle: Oracle, name: str) -> None:
+def test_where_the_last_64_ids_of_a_prompt_do_not_settle_it_the_plugin_tells_all(oracle: Oracle, name: str) -> None:
     case = LONG_PROMPTS[name]
     [expected] = oracle.vllm.texts([case])
-    assert not oracle.settles(case, case.prompt[-PROMPT_END:])
+    assert oracle.prompt_end(case) == case.prompt
     assert oracle.penstock_says(case, case.prompt[-PROMPT_END:]) != expected
     assert oracle.penstock_says(case, case.prompt) == expected
 
@@ -228,5 +213,5 @@ def test_any_text_at_the_end_of_such_a_prompt_settles_it(oracle: Oracle, name: s
     case = LONG_PROMPTS[name]
     closed = replace(case, prompt=[*case.prompt, *made(case.tokenizer).encode("assistant\n")])
     [expected] = oracle.vllm.texts([closed])
-    assert oracle.settles(closed, closed.prompt[-PROMPT_END:])
+    assert oracle.prompt_end(closed) == closed.prompt[-PROMPT_END:]
     assert oracle.penstock_says(closed, closed.prompt[-PROMPT_END:]) == expected

@@ -283,6 +283,26 @@ async def test_what_only_the_engines_own_text_can_answer(setup: Setup, name: str
     assert await setup.uses_plain_chunks(stream=True, **FALL_BACK[name])
 
 
+async def test_what_only_the_plugin_knows_to_need_the_engines_text(setup: Setup) -> None:
+    """The server's own defaults may need it. The client sees nothing of the turn to plain chunks."""
+    answer, stream = await setup.asks()
+    error = {"message": "this server stops at strings", "type": "penstock_needs_text", "param": "stop", "code": 422}
+    await setup.plugin.refuse(stream, 422, {"error": error})
+    assert (await answer).text() == PLAIN_ANSWER
+    assert (await answer).end["status"] == "completed"
+    assert (setup.plugin.plain_requests(), setup.plugin.aborts) == (1, [])
+
+
+async def test_a_client_that_leaves_after_the_turn_to_plain_chunks(plugin: FakePlugin) -> None:
+    async with in_front_of(plugin) as setup:
+        answer, stream = await setup.asks()
+        plugin.keeps_silent = True
+        await plugin.refuse(stream, 422, {"error": {"type": "penstock_needs_text"}})
+        await until(lambda: plugin.plain_requests() == 1)
+        answer.cancel()
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
 async def test_an_answer_that_is_not_streamed_is_the_engines_own(setup: Setup) -> None:
     assert setup.is_connected
     assert await setup.uses_plain_chunks()

@@ -45,8 +45,10 @@ def write(records: Sequence[Record]) -> bytes:
 
 def _write_record(record: Record) -> bytes:
     match record:
-        case Begin(stream, prompt_tokens, cached_tokens, prompt_end):
-            return struct.pack("<BIII", 1, stream, prompt_tokens, cached_tokens) + _write_ids(prompt_end)
+        case Begin(stream, prompt_tokens, cached_tokens, prompt_end, state):
+            name = state.encode()
+            head = struct.pack("<BIIII", 1, stream, prompt_tokens, cached_tokens, len(prompt_end))
+            return head + struct.pack(f"<{len(prompt_end)}I", *prompt_end) + bytes([len(name)]) + name
         case Tokens(stream, choice, tag, ids):
             return struct.pack("<BIBB", 2, stream, choice, tag) + _write_ids(ids)
         case Finish(stream, choice, cause, reason, stop):
@@ -121,12 +123,15 @@ class FakePlugin:
     """Reads nothing from its WebSocket, not even a goodbye."""
     is_mute: bool = False
     """Does not even answer to who would open a WebSocket."""
+    keeps_silent: bool = False
+    """Takes plain requests and does not answer them."""
 
     def __post_init__(self) -> None:
         self.capabilities = {
             "plugin": "0.1.0",
             "frames": [VERSION],
             "vllm": "0.32.0",
+            "system_fingerprint": "vllm-0.32.0-fake",
             "instance": "fake",
             "models": ["tiny", "tiny-too"],
             "max_model_len": 2048,
@@ -221,8 +226,10 @@ async def _answer(what: Any) -> web.StreamResponse:
             return web.json_response(what)
 
 
-async def _in_plain_chunks(request: web.Request) -> web.StreamResponse:
+async def _in_plain_chunks(request: web.Request, plugin: FakePlugin) -> web.StreamResponse:
     """vLLM's own chat route."""
+    if plugin.keeps_silent:
+        await silence()
     if (await request.json()).get("stream"):
         return await saying(*chunks.answer_of([PLAIN_ANSWER]))(request)
     return await answering(chunks.whole({"content": PLAIN_ANSWER}))(request)
@@ -231,8 +238,9 @@ async def _in_plain_chunks(request: web.Request) -> web.StreamResponse:
 @asynccontextmanager
 async def fake_plugin(*, unix_socket: Path | None = None) -> AsyncIterator[FakePlugin]:
     """Listens on a free port, or on a Unix socket."""
-    app, seen = engine_app(_in_plain_chunks)
-    plugin = FakePlugin(plain_requests=lambda: seen.requests)
+    plugin = FakePlugin()
+    app, seen = engine_app(lambda request: _in_plain_chunks(request, plugin))
+    plugin.plain_requests = lambda: seen.requests
     app.add_routes(
         [
             web.get("/v1/penstock/capabilities", plugin.answer_capabilities),

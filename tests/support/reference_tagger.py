@@ -26,6 +26,9 @@ class FakeVocabulary:
     def piece(self, token_id: int) -> bytes:
         return self.pieces[token_id] if token_id < len(self.pieces) else b""
 
+    def prompt_end(self, prompt: Sequence[int], *, skips_special: bool) -> Sequence[int]:
+        return prompt[-64:]
+
 
 def tags(family: Mapping[str, Any], vocabulary: FakeVocabulary, ids: Sequence[int]) -> list[int]:
     """The channel of each id. No piece may be empty."""

@@ -27,6 +27,11 @@ class Channels:
         self._policy = policy
         self._choices: dict[int, _ChoiceChannels] = {}
 
+    def begin_in(self, state: str) -> None:
+        """The engine knows what the prompt has opened; told before the first text, and nothing where we do not."""
+        if state in self._family.states:
+            self._start = state
+
     def feed(self, items: list[Event]) -> list[Event]:
         out: list[Event] = []
         for item in items:

@@ -29,12 +29,16 @@ class Channel(Enum):
 
 @dataclass(slots=True)
 class EngineOpened:
-    """The engine's first word. `whole` is its answer where it did not stream one."""
+    """The engine's first word. `whole` is its answer where it did not stream one.
+
+    `state` is the family's state in which the model begins, where the engine knows what the prompt has opened.
+    """
 
     engine_id: str | None
     model: str | None
     created: int | None
     whole: Ext | None = None
+    state: str | None = None
 
 
 @dataclass(slots=True)

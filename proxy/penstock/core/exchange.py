@@ -165,6 +165,7 @@ class Exchange:
             return []
         match signal:
             case EngineSpoke():
+                self._tagged = None  # asked for tagged tokens, it may still have answered in chunks of its own
                 return self._hear(self._reader.feed(signal.data), signal.now)
             case EngineTagged():
                 return self._hear(self._tagged.read(signal.records) if self._tagged else [], signal.now)
@@ -254,6 +255,8 @@ class Exchange:
             created=opened.created,
             whole=opened.whole,
         )
+        if opened.state is not None:
+            self._channels.begin_in(opened.state)
 
     def _tick_usage(self, items: list[Event], now: float) -> None:
         tokens = self._accounting.generated_tokens

@@ -8,7 +8,7 @@ VERSION = 1
 
 _RECORD = struct.Struct("<BI")
 _ONE_TOKEN = struct.Struct("<BIBBHI")
-_BEGIN = struct.Struct("<IIH")
+_BEGIN = struct.Struct("<III")
 _TOKENS = struct.Struct("<BBH")
 _FINISH = struct.Struct("<BBB")
 _ERROR = struct.Struct("<HI")
@@ -36,6 +36,7 @@ class Begin:
     prompt_tokens: int
     cached_tokens: int
     prompt_end: tuple[int, ...]
+    state: str = ""
 
 
 @dataclass(slots=True)
@@ -114,7 +115,8 @@ def _read_record(message: bytes, position: int) -> tuple[Record, int]:
         case 1:
             prompt_tokens, cached_tokens, count = _BEGIN.unpack_from(message, position)
             ids, position = _ids(message, position + _BEGIN.size, count)
-            return Begin(stream, prompt_tokens, cached_tokens, ids), position
+            state, position = _take(message, position + 1, message[position])
+            return Begin(stream, prompt_tokens, cached_tokens, ids, state.decode()), position
         case 3:
             return _read_finish(message, stream, position)
         case 4:

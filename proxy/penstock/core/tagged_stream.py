@@ -15,6 +15,7 @@ from penstock.core.events import (
     EngineOpened,
     EngineUsage,
     Event,
+    Extra,
     Failed,
     Finished,
     FinishReason,
@@ -35,12 +36,22 @@ class TaggedReader:
     A choice's last tokens and its finish must come in one `read`: only the finish tells that the last id is no text.
     """
 
-    def __init__(self, request: StreamRequest, vocabulary: Vocabulary, engine_id: str, model: str) -> None:
+    def __init__(
+        self,
+        request: StreamRequest,
+        vocabulary: Vocabulary,
+        engine_id: str,
+        model: str,
+        *,
+        fingerprint: str | None = None,
+    ) -> None:
+        """`fingerprint` is vLLM's `system_fingerprint`, where it tells one."""
         self._request = request
         self._wants_token_ids = request.wants_token_ids
         self._vocabulary = vocabulary
         self._engine_id = engine_id
         self._model = model
+        self._fingerprint = fingerprint
         self._begin: Begin | None = None
         self._choices: list[_Choice] = []
         self._completion_tokens = 0
@@ -63,7 +74,7 @@ class TaggedReader:
                     self._open(record, out)
                 case End():
                     self._over = True
-                    out += [*self._flush(), EngineUsage(self._usage(), final=True), EngineDone()]
+                    out += [*self._flush(), *self._last_fields(), EngineUsage(self._usage(), final=True), EngineDone()]
                 case EngineFailed():
                     self._fail(_failure(record), out)
                 case Lost():
@@ -96,7 +107,7 @@ class TaggedReader:
             self._fail(_malformed("began twice"), out)
             return
         self._begin = begin
-        out.append(EngineOpened(self._engine_id, self._model, None))
+        out.append(EngineOpened(self._engine_id, self._model, None, state=begin.state))
         out.append(EngineUsage(self._usage(), final=False))
 
     def _tokens(self, record: Tokens, following: Record | None, out: list[Event]) -> None:
@@ -154,9 +165,12 @@ class TaggedReader:
 
     def _take_the_floor(self, begin: Begin, out: list[Event]) -> None:
         """All roles before the first token, as vLLM does; not earlier, so that an error until then has a status."""
+        prompt: list[Event] = []
+        if self._wants_token_ids and len(begin.prompt_end) == begin.prompt_tokens:
+            prompt = [Extra(None, {"prompt_token_ids": list(begin.prompt_end)})]
         for number in range(self._request.choices):
             self._choices.append(_Choice(self._request, self._vocabulary, begin.prompt_end))
-            out.append(Role(number, "assistant"))
+            out += [*prompt, Role(number, "assistant")]
 
     def _fail(self, failure: Failed, out: list[Event]) -> None:
         out += [*self.close(), failure]
@@ -164,6 +178,10 @@ class TaggedReader:
     def _flush(self) -> list[Event]:
         texts = [(number, choice.flush()) for number, choice in enumerate(self._choices)]
         return [Text(number, Channel.RAW, text) for number, text in texts if text]
+
+    def _last_fields(self) -> list[Event]:
+        """What vLLM writes beside its last count."""
+        return [Extra(None, {"system_fingerprint": self._fingerprint})] if self._fingerprint else []
 
     def _usage(self) -> dict[str, object]:
         prompt = self._begin.prompt_tokens if self._begin else 0

@@ -191,13 +191,15 @@ class Server:
         """Tagged tokens where the engine offers them and the request allows, vLLM's own chunks otherwise."""
         plugin = self.engine.plugin
         vocabulary = plugin.vocabulary if plugin is not None else None
-        if plugin is not None and vocabulary is not None and request.streams and request.needs_engine_text is None:
-            told = family if request.offered_tools else family.without_tools
-            reader = TaggedReader(request, vocabulary, f"chatcmpl-{stream_id}", plugin.model_name(request.model))
-            return reader, TaggedAnswer(plugin, request.engine_body, headers, told)
         most = self._settings.limits.stream_bytes
         body, streams = request.engine_body, request.streams
-        return None, PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
+        plain = PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
+        if plugin is None or vocabulary is None or not streams or request.needs_engine_text is not None:
+            return None, plain
+        told = family if request.offered_tools else family.without_tools
+        engine_id, model = f"chatcmpl-{stream_id}", plugin.model_name(request.model)
+        reader = TaggedReader(request, vocabulary, engine_id, model, fingerprint=plugin.fingerprint)
+        return reader, TaggedAnswer(plugin, body, headers, told, plain)
 
     def _refuse_if_draining(self) -> None:
         if self._draining:

@@ -1,10 +1,11 @@
 """The two ways an engine's answer reaches an exchange: vLLM's own chunks, or the plugin's tagged tokens."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
 
 import aiohttp
+import orjson
 
 from penstock.core.errors import EngineError, LimitReached, Problem
 from penstock.core.families import Family
@@ -15,6 +16,8 @@ from penstock.shell.tagged import PluginConnection
 
 # An engine's error page is read up to here; what it says beyond is not worth the memory.
 _MOST_ERROR_BYTES = 64 * 1024
+# How the plugin refuses what only an engine that writes the text itself can answer.
+_NEEDS_TEXT = (422, "penstock_needs_text")
 
 
 class Ear(Protocol):
@@ -90,13 +93,20 @@ class PlainAnswer:
 
 
 class TaggedAnswer:
-    """The plugin's records of one stream. They come with all other streams', so nothing here may wait."""
+    """The plugin's records of one stream. They come with all other streams', so nothing here may wait.
 
-    def __init__(self, connection: PluginConnection, body: bytes, headers: Mapping[str, str], family: Family) -> None:
+    A request that the plugin cannot answer in tokens, which it alone may know, is answered by `plain`.
+    """
+
+    def __init__(
+        self, connection: PluginConnection, body: bytes, headers: Mapping[str, str], family: Family, plain: Source
+    ) -> None:
         self._connection = connection
         self._body = body
         self._headers = headers
         self._family = family
+        self._plain = plain
+        self._needs_text = asyncio.Event()
         self._number: int | None = None
         self._hear: Callable[[Signal], None] | None = None
         self._now = asyncio.get_running_loop().time
@@ -108,17 +118,23 @@ class TaggedAnswer:
         except EngineError as problem:
             await ear.hear(EngineClosed(problem, self._now()))
             return
-        await ear.wait_until_closed()
+        await _first_of(ear.wait_until_closed(), self._needs_text.wait())
+        if self._needs_text.is_set() and not ear.is_over:
+            await self._plain.speak(ear)
 
     def abort(self) -> None:
         if self._number is not None:
             self._connection.abort(self._number)
+        self._plain.abort()
 
     def records(self, records: list[Record]) -> None:
         self._tell(EngineTagged(records, self._now()))
 
     def refused(self, status: int, body: bytes) -> None:
-        self._tell(EngineRefused(status, body, self._now()))
+        if (status, _error_type(body)) == _NEEDS_TEXT:
+            self._needs_text.set()
+        else:
+            self._tell(EngineRefused(status, body, self._now()))
 
     def broke(self, problem: EngineError) -> None:
         self._tell(EngineClosed(problem, self._now()))
@@ -126,3 +142,19 @@ class TaggedAnswer:
     def _tell(self, signal: Signal) -> None:
         if self._hear is not None:
             self._hear(signal)
+
+
+async def _first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _error_type(body: bytes) -> object:
+    try:
+        return orjson.loads(body)["error"]["type"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None

@@ -59,6 +59,8 @@ class PluginConnection:
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self._vocabulary: Vocabulary | None = None
         self._models: tuple[str, ...] = ()
+        self.fingerprint: str | None = None
+        """The engine's `system_fingerprint`, where it has one."""
         self._listeners: dict[int, Listener] = {}
         self._numbers = count(1)
         self._failures = 0
@@ -138,6 +140,7 @@ class PluginConnection:
         if self._vocabulary is None or self._vocabulary.digest != capabilities.digest:
             self._vocabulary = await asyncio.to_thread(_vocabulary, await self._get("tokenizer"), capabilities.digest)
         self._models = capabilities.models
+        self.fingerprint = capabilities.fingerprint
         socket = await self._connect()
         self._socket = socket
         self._failures = 0
@@ -222,6 +225,7 @@ class _Capabilities:
     versions: object
     digest: str
     models: tuple[str, ...]
+    fingerprint: str | None
 
 
 def _checked(answer: bytes, distrusted: object) -> _Capabilities:
@@ -229,11 +233,13 @@ def _checked(answer: bytes, distrusted: object) -> _Capabilities:
     try:
         told = orjson.loads(answer)
         versions = (told["plugin"], told.get("vllm"))
+        fingerprint = told.get("system_fingerprint")
         reason = _unusable(told)
         if versions == distrusted:
             reason = _distrust(told["plugin"])
         if reason is None:
-            return _Capabilities(told["plugin"], versions, told["tokenizer"]["digest"], tuple(told["models"]))
+            digest, models = told["tokenizer"]["digest"], tuple(told["models"])
+            return _Capabilities(told["plugin"], versions, digest, models, fingerprint)
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         reason = f"the plugin's capabilities are not of the contract ({type(error).__name__}: {error})"
     raise _NoPluginError(reason)
