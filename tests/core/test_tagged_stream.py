@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.core.commands import AbortEngine, Ending, Respond
 from penstock.core.detokenize import Vocabulary
-from penstock.core.events import EngineDone, Failed, Text
+from penstock.core.events import EngineDone, EngineUsage, Extra, Failed, Text
 from penstock.core.exchange import Exchange, Setting
 from penstock.core.families import choose_family
 from penstock.core.frames import Begin, End, EngineFailed, Finish, Lost, Record, Tag, Tokens
@@ -48,8 +48,8 @@ EOS = QWEN.added["<|im_end|>"]
 # --- What a plugin says -------------------------------------------------------------------------------
 
 
-def begin(prompt_end: tuple[int, ...] = ()) -> Begin:
-    return Begin(STREAM, PROMPT_TOKENS, CACHED_TOKENS, prompt_end)
+def begin(prompt_end: tuple[int, ...] = (), state: str = "") -> Begin:
+    return Begin(STREAM, PROMPT_TOKENS, CACHED_TOKENS, prompt_end, state)
 
 
 def tokens(
@@ -410,6 +410,15 @@ def test_a_stop_token_that_is_not_part_of_the_answer() -> None:
     assert outcome.finishes()[0]["stop"] == stop
 
 
+def test_a_marker_that_stops_and_is_part_of_the_answer() -> None:
+    close = QWEN.added["</think>"]
+    body = ask(stop_token_ids=[close], include_stop_str_in_output=True)
+    last = [*tokens([*QWEN.encode("Hm."), close]), ended(cause="stop_token", stop=close), End(STREAM)]
+    outcome = play_tagged(body, [[begin(state="reasoning"), *last]])
+    assert outcome.blocks() == ["reasoning: Hm."]
+    assert outcome.usage()["bytes"]["marker"] == len("</think>")
+
+
 def test_a_stop_token_that_is_part_of_the_answer() -> None:
     [stop] = QWEN.encode("!")
     last: list[Record] = [*tokens([*QWEN.encode("Hi"), stop]), ended(cause="stop_token", stop=stop), End(STREAM)]
@@ -620,7 +629,6 @@ def test_one_choice_of_two_that_the_engine_gave_up_ends_both() -> None:
     ("records", "words"),
     [
         (tokens([1]), "spoke before it began"),
-        ([ended()], "spoke before it began"),
         ([begin(), begin()], "began twice"),
         ([begin(), *tokens([1], 1)], "spoke for choice 1 of 1"),
         ([begin(), ended(255)], "spoke for choice 255 of 1"),
@@ -637,6 +645,57 @@ def test_records_against_the_contract_end_the_stream(records: list[Record], word
     assert words in last.message
     outcome = play_tagged(ask(), [records])
     assert outcome.count(AbortEngine) == 1
+
+
+def test_a_request_that_the_engine_gave_up_before_its_first_token_has_no_beginning() -> None:
+    outcome = play_tagged(ask(), [[ended(cause="abort", reason="abort"), End(STREAM)]])
+    assert outcome.one("error")["code"] == "engine_abort"
+    assert play_tagged(ask(), [[ended(), End(STREAM)]]).blocks() == []
+
+
+# --- What the prompt has opened -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "text", "blocks"),
+    [
+        ("reasoning", "Hm.</think>Yes", ["reasoning: Hm.", "text: Yes"]),
+        ("reasoning", "</think>Yes", ["text: Yes"]),
+        ("reasoning", "Hm.", ["reasoning: Hm."]),
+        ("opening", "Hm.</think>Yes", ["text: Hm.</think>Yes"]),
+        ("no such state", "<think>Hm.</think>Yes", ["reasoning: Hm.", "text: Yes"]),
+    ],
+)
+def test_the_plugin_says_what_the_prompt_has_opened(state: str, text: str, blocks: list[str]) -> None:
+    spoken = [tokens([number]) for number in QWEN.encode(text)]
+    outcome = play_tagged(ask(), [[begin(state=state)], *spoken, [*tokens([EOS], end=EOS), ended(), End(STREAM)]])
+    assert outcome.blocks() == blocks
+
+
+def test_a_family_that_thinks_at_once_does_not_where_the_template_closed_the_thought() -> None:
+    messages = [[begin(state="opening")], tokens(QWEN.encode("Yes")), [*tokens([EOS], end=EOS), ended(), End(STREAM)]]
+    assert play_tagged(ask(), messages, family="deepseek-r1").blocks() == ["text: Yes"]
+
+
+# --- What stands beside -----------------------------------------------------------------------------------
+
+
+def test_the_prompt_s_ids_are_told_where_they_are_asked_for_and_known() -> None:
+    ids = tuple(range(PROMPT_TOKENS))
+    whole = [begin(ids), *tokens(QWEN.encode("a")), *tokens([EOS], end=EOS), ended(), End(STREAM)]
+    told = play_tagged(ask(return_token_ids=True), [whole])
+    assert told.one("delta.role")["ext"] == {"prompt_token_ids": list(ids)}
+    for body, known in ((ask(), ids), (ask(return_token_ids=True), ids[1:])):
+        whole[0] = begin(known)
+        assert "ext" not in play_tagged(body, [whole]).one("delta.role")
+
+
+def test_the_engine_s_fingerprint_stands_beside_its_last_count() -> None:
+    request = read_request(json.dumps(ask()).encode(), streams=True)
+    reader = TaggedReader(request, Vocabulary(QWEN.json), "", "", fingerprint="vllm-0.32.0")
+    said = reader.read([begin(), *tokens([EOS], end=EOS), ended(), End(STREAM)])
+    assert [type(event) for event in said[-3:]] == [Extra, EngineUsage, EngineDone]
+    assert said[-3] == Extra(None, {"system_fingerprint": "vllm-0.32.0"})
 
 
 def test_an_end_without_a_finish_is_never_success() -> None:

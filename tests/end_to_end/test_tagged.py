@@ -79,6 +79,11 @@ SCRIPTS: dict[str, Json] = {
     "special tokens shown": {"texts": ("Hi<|im_start|>there",), "skip_special_tokens": False},
     "special tokens cut out": {"texts": ("Hi<|im_start|>there",)},
     "a stop token": {"texts": ("Hello! How can I",), "stop_token_ids": [33]},
+    "a stop token that is shown": {
+        "texts": ("Hello! How can I",),
+        "stop_token_ids": [33],
+        "include_stop_str_in_output": True,
+    },
     "hidden reasoning": {"texts": (THINKING_TOOL,), "tools": [WEATHER], "penstock": {"reasoning": "hide"}},
     "inline reasoning": {"texts": (EMOJI,), "penstock": {"reasoning": "inline"}},
 }

@@ -87,14 +87,13 @@ def vllm_detokenizer() -> Iterator[VllmDetokenizer]:
 def answer_all(questions: IO[str], answers: IO[str]) -> None:
     """Serves `VllmDetokenizer`: one JSON line for each of its questions."""
     from transformers import PreTrainedTokenizerFast
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer, uses_fast_detokenizer
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
 
     logging.disable()  # vLLM logs every odd id and every invalid prefix; here they are meant
     tokenizers: dict[str, Any] = {}
 
     def load(name: str, file: str) -> str:
         tokenizers[name] = PreTrainedTokenizerFast(tokenizer_file=file)
-        assert uses_fast_detokenizer(tokenizers[name])
         return str(tokenizers[name].backend_tokenizer.to_str())
 
     def texts(case: Any) -> list[str]:
@@ -107,6 +106,7 @@ def answer_all(questions: IO[str], answers: IO[str]) -> None:
         )
         request: Any = SimpleNamespace(request_id="", prompt_token_ids=case["prompt"], sampling_params=sampling)
         detokenizer = IncrementalDetokenizer.from_new_request(tokenizers[case["tokenizer"]], request)
+        assert isinstance(detokenizer, FastIncrementalDetokenizer)
         out: list[str] = []
         for number, ids in enumerate(case["steps"], start=1):
             is_last = number == len(case["steps"])

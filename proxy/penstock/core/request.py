@@ -60,6 +60,8 @@ class StreamRequest:
     skip_special_tokens: bool
     spaces_between_special_tokens: bool
     wants_token_ids: bool
+    shows_stop_token: bool
+    """Whether the token that ends a choice is part of its text."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
@@ -108,6 +110,7 @@ def read_request(
         skip_special_tokens=request.get("skip_special_tokens") is not False,
         spaces_between_special_tokens=request.get("spaces_between_special_tokens") is not False,
         wants_token_ids=request.get("return_token_ids") is True,
+        shows_stop_token=request.get("include_stop_str_in_output") is True,
         needs_engine_text=_needs_engine_text(request),
     )
 

@@ -117,7 +117,7 @@ class TaggedReader:
         self._completion_tokens += len(record.ids)
         finish = following if isinstance(following, Finish) and following.choice == record.choice else None
         ids = record.ids
-        if record.tag is Tag.MARKER and finish is not None and finish.cause in _ENDED_BY_TOKEN:
+        if record.tag is Tag.MARKER and finish is not None and self._ended_by_token(finish):
             ids = ids[:-1]
         text = choice.read_marker(ids) if record.tag is Tag.MARKER else choice.read(ids)
         token_ids = list(record.ids) if self._request.wants_token_ids else None
@@ -126,7 +126,12 @@ class TaggedReader:
         else:
             out.append(Text(record.choice, Channel.RAW, text, len(record.ids), None, token_ids))
 
+    def _ended_by_token(self, finish: Finish) -> bool:
+        return finish.cause in _ENDED_BY_TOKEN and not self._request.shows_stop_token
+
     def _finish(self, record: Finish, out: list[Event]) -> None:
+        if self._begin is None:  # the engine gave the request up before its first token
+            self._open(Begin(record.stream, 0, 0, ()), out)
         choice = self._choice(record.choice, out)
         if choice is None:
             return
