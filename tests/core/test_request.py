@@ -194,6 +194,7 @@ def test_a_bare_request() -> None:
         skip_special_tokens=True,
         spaces_between_special_tokens=True,
         wants_token_ids=False,
+        shows_stop_token=False,
         needs_engine_text=None,
     )
 

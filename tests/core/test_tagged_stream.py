@@ -673,7 +673,8 @@ def test_the_plugin_says_what_the_prompt_has_opened(state: str, text: str, block
 
 
 def test_a_family_that_thinks_at_once_does_not_where_the_template_closed_the_thought() -> None:
-    messages = [[begin(state="opening")], tokens(QWEN.encode("Yes")), [*tokens([EOS], end=EOS), ended(), End(STREAM)]]
+    messages: list[list[Record] | Signal] = [[begin(state="opening")], tokens(QWEN.encode("Yes"))]
+    messages.append([*tokens([EOS], end=EOS), ended(), End(STREAM)])
     assert play_tagged(ask(), messages, family="deepseek-r1").blocks() == ["text: Yes"]
 
 

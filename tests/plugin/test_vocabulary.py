@@ -83,7 +83,7 @@ def test_the_last_64_ids_of_a_prompt_are_enough_as_a_rule() -> None:
 
 def test_a_prompt_whose_end_does_not_settle_how_the_next_token_is_written_is_told_whole() -> None:
     qwen, mistral, gemma = made("qwen"), made("mistral"), made("gemma")
-    broken = qwen.encode(TURN) + [qwen.bytes[0xF0]]
+    broken = [*qwen.encode(TURN), qwen.bytes[0xF0]]
     images = mistral.encode(TURN) + [mistral.added["[IMG]"]] * 99
     run = gemma.encode(TURN) + [gemma.bytes[byte] for byte in ("é" * 50).encode()]
     for shape, ids in (("qwen", broken), ("mistral", images), ("gemma", run)):
