@@ -13,7 +13,7 @@ from aiohttp import web
 
 from penstock.settings import Settings
 from penstock.shell.auth import Gatekeeper
-from penstock.shell.engine import Engine
+from penstock.shell.cluster import Cluster
 from penstock.shell.server import Server
 from penstock.shell.telemetry import Telemetry
 
@@ -32,9 +32,9 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
     async with AsyncExitStack() as stack:
         telemetry = Telemetry.from_environment()
         stack.push_async_callback(asyncio.to_thread, telemetry.close)
-        engine = Engine(settings.upstreams[0], settings.timing)
-        stack.push_async_callback(engine.close)
-        server = Server(settings, gatekeeper, engine, telemetry)
+        cluster = Cluster(settings)
+        stack.push_async_callback(cluster.close)
+        server = Server(settings, gatekeeper, cluster, telemetry)
         watching = asyncio.create_task(gatekeeper.watch())
         stack.callback(watching.cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.

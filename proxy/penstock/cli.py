@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="settings in YAML")
-    parser.add_argument("--upstream", metavar="URL", help="base URL of a vLLM server")
+    parser.add_argument("--upstream", metavar="URL", action="append", help="base URL of a vLLM server; once for each")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8080)")
     parser.add_argument("--reasoning", help="separate, hide or inline")
@@ -77,7 +77,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _settings(parsed: argparse.Namespace) -> Settings:
     flags = {
-        "upstreams": [{"url": parsed.upstream}] if parsed.upstream else None,
+        "upstreams": [{"url": url} for url in parsed.upstream] if parsed.upstream else None,
         "listen.host": parsed.host,
         "listen.port": parsed.port,
         "reasoning": parsed.reasoning,
@@ -91,8 +91,8 @@ def _serve(parsed: argparse.Namespace) -> int:
     settings = _settings(parsed)
 
     def announce(url: str) -> None:
-        engine = settings.upstreams[0].url
-        print(f"penstock {__version__} on {url} in front of {engine}", flush=True)
+        engines = ", ".join(upstream.url for upstream in settings.upstreams)
+        print(f"penstock {__version__} on {url} in front of {engines}", flush=True)
 
     asyncio.run(app.serve(settings, announce))
     return 0

@@ -62,9 +62,38 @@ class Upstream(_Part):
         True, description="false for a vLLM without --tool-call-parser: Penstock then reads the calls from the text"
     )
 
+    zone: str = Field("", description="where it stands; see routing.zone")
+    weight: float = Field(1, gt=0, description="its share of the requests beside the others'")
+
     @property
     def label(self) -> str:
         return self.name or urlsplit(self.url).netloc
+
+    @property
+    def place(self) -> str:
+        """Where it is reached; no two upstreams have the same."""
+        return f"{self.url} ({self.socket})" if self.socket else self.url
+
+
+class Routing(_Part):
+    """How one of several engines is chosen, and when one is left alone."""
+
+    zone: str = Field("", description="Penstock's own zone: engines of it are preferred while none has a queue")
+    retries: int = Field(
+        1, ge=0, description="other engines that a request is given to after one failed on it before its first token"
+    )
+    load_bound: float = Field(
+        1.25,
+        ge=1,
+        description="an engine with this many times its share of the streams gets no more for affinity's sake",
+    )
+    free_streams: int = Field(8, ge=1, description="an engine with fewer streams is never too busy for affinity")
+    health_seconds: float = Field(5, gt=0, description="how often an engine's /health is asked")
+    unhealthy_after: int = Field(2, ge=1, description="failed answers in a row after which an engine gets no requests")
+    healthy_after: int = Field(2, ge=1, description="good answers in a row after which it gets them again")
+    circuit_failures: int = Field(3, ge=1, description="failed requests in a row after which an engine is paused")
+    circuit_seconds: float = Field(5, gt=0, description="first pause; it doubles while the engine goes on failing")
+    circuit_longest_seconds: float = Field(60, gt=0, description="longest pause")
 
 
 class StateSettings(_Part):
@@ -155,12 +184,13 @@ class Timing(_Part):
 
 class Settings(_Part):
     listen: Listen = Field(Listen(), description="where clients connect")
-    upstreams: list[Upstream] = Field(min_length=1, max_length=1, description="the vLLM server; one for now")
+    upstreams: list[Upstream] = Field(min_length=1, description="the vLLM servers")
     reasoning: ReasoningPolicy = Field("separate", description="separate, hide or inline, unless a request says so")
     families: dict[str, FamilySettings] = Field(default_factory=dict, description="model families added without code")
     auth: Auth = Field(Auth(), description="who may use this")
     limits: Limits = Field(Limits(), description="caps, in bytes and seconds")
     timing: Timing = Field(Timing(), description="times, in seconds")
+    routing: Routing = Field(Routing(), description="which of several engines answers")
 
     @model_validator(mode="after")
     def _never_an_open_relay(self) -> "Settings":
@@ -170,6 +200,17 @@ class Settings(_Part):
                 f"listen.host {self.listen.host!r} is not loopback and there are no API keys; set auth.keys_file or "
                 "auth.keys, listen on 127.0.0.1, or set auth.allow_anonymous where something else guards this port"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _upstreams_fit_together(self) -> "Settings":
+        places = [upstream.place for upstream in self.upstreams]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise ValueError(f"upstreams: {twice} stands there twice; name each engine once, with a weight if need be")
+        # One reading of the request serves all, wherever it goes and is sent again.
+        for name in ("running_usage", "parses_tools"):
+            if len({getattr(upstream, name) for upstream in self.upstreams}) > 1:
+                raise ValueError(f"upstreams: {name} must be the same for all, since each may get any request")
         return self
 
     @model_validator(mode="after")

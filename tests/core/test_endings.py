@@ -25,6 +25,7 @@ from penstock.core.signals import (
     EngineAnswered,
     EngineClosed,
     EngineRefused,
+    NoEngineLeft,
 )
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE, content, error, final_usage, finish, frame, role, tool, whole
@@ -105,6 +106,9 @@ CASES: dict[Key, Case] = {
     ("engine_gone", "the engine closed before every choice finished"): Case([EngineClosed(None, NOW)]),
     ("engine_gone", "the connection broke"): closed(EngineError("engine_gone", "broke")),
     ("engine_gone", "no connection"): closed(EngineError("engine_unreachable", "no way"), before=HEAD_SENT),
+    ("engine_gone", "no engine to choose"): told(
+        NoEngineLeft(EngineError("no_engine", "none", status=503), NOW), before=HEAD_SENT
+    ),
     ("engine_gone", "silent, and its health check fails"): closed(EngineError("engine_stalled", "silent", status=504)),
     ("draining", "the drain time is over"): told(Draining(NOW)),
     ("our_bug", "Penstock failed"): told(Broke(NOW)),

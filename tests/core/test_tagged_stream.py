@@ -34,6 +34,7 @@ from support.playbook import (
     parse_events,
     play,
     spelling,
+    tell,
 )
 from support.record import EMOJI, EXCHANGES, PARIS, THINKING, THINKING_TOOL, TOKYO
 from support.strategies import MARKERS, cuts, families, model_texts, policies, thorough
@@ -106,7 +107,7 @@ def play_tagged(
     outcome.commands += outcome.exchange.start()
     for message in messages:
         signal = EngineTagged(message, STARTED) if isinstance(message, list) else message
-        outcome.commands += outcome.exchange.receive(signal)
+        outcome.commands += tell(outcome.exchange, signal)
     if dialect in ("ndjson", "sse"):
         outcome.events = parse_events(outcome.data)
     check(outcome, client_left=False)

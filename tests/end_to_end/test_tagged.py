@@ -42,7 +42,7 @@ async def both(engine: Engine) -> AsyncIterator[Both]:
         calling(plain.url) as plain_caller,
         calling(tagged.url) as tagged_caller,
     ):
-        plugin = tagged.server.engine.plugin
+        plugin = tagged.server.cluster.members[0].engine.plugin
         assert plugin is not None
         assert plugin.vocabulary is not None, "the engine of these tests has the plugin"
         yield Both(plain_caller, tagged_caller)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from penstock.core.commands import Close
 from penstock.core.signals import EngineAnswered, EngineClosed
 from support import chunks
-from support.playbook import STARTED, DialectName, Step, ask, open_exchange, play
+from support.playbook import STARTED, DialectName, Step, ask, open_exchange, play, tell
 from support.strategies import (
     chunks_of_choice,
     families,
@@ -104,7 +104,7 @@ def test_any_whole_answer(body: bytes, dialect: Any, policy: Any) -> None:
 @given(signals())
 def test_every_signal_to_a_stream_that_has_heard_nothing(signal: Any) -> None:
     exchange = open_exchange()
-    commands = exchange.start() + exchange.receive(signal)
+    commands = exchange.start() + tell(exchange, signal)
     assert sum(isinstance(command, Close) for command in commands) == int(exchange.is_over)
 
 

@@ -150,8 +150,16 @@ def test_a_wrong_file(file: Path, text: str, sentence: str) -> None:
         ([{"url": "ftp://vllm"}], r"upstreams\.0\.url: 'ftp://vllm' .* must be a URL like"),
         ([{"url": "http://"}], r"must be a URL like"),
         ([{"url": "http://vllm:8000/?a=b"}], r"must not have a query or a fragment"),
-        ([{"url": "http://vllm", "weight": 2}], r"upstreams\.0\.weight .*: is no setting\. .* url, name, api_key"),
-        ([{"url": "http://a"}, {"url": "http://b"}], r"upstreams: .* at most 1 item.*one for now"),
+        ([{"url": "http://vllm", "wait": 2}], r"upstreams\.0\.wait .*: is no setting\. .* url, name, api_key"),
+        (
+            [{"url": "http://vllm", "weight": 0}],
+            r"upstreams\.0\.weight: 0 .*greater than 0.* its share of the requests",
+        ),
+        (
+            [{"url": "http://a"}, {"url": "http://a/v1"}],
+            r"upstreams: http://a stands there twice; name each engine once",
+        ),
+        ([{"url": "http://a"}, {"url": "http://b", "parses_tools": False}], r"parses_tools must be the same for all"),
         ([{"url": "http://vllm", "plugin": "maybe"}], r"upstreams\.0\.plugin: 'maybe' .*'auto' or 'off'"),
         ("http://vllm", r"upstreams: 'http://vllm' .* valid list"),
     ],
@@ -163,7 +171,7 @@ def test_a_wrong_upstream(upstreams: Any, sentence: str) -> None:
 
 
 def test_no_upstream_at_all() -> None:
-    with pytest.raises(SettingsError, match=r"upstreams: is missing\. It is the vLLM server"):
+    with pytest.raises(SettingsError, match=r"upstreams: is missing\. It is the vLLM servers"):
         load_settings(environment={})
 
 

@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def is_connected(self) -> bool:
-        connection = self.sidecar.server.engine.plugin
+        connection = self.sidecar.server.cluster.members[0].engine.plugin
         return connection is not None and connection.vocabulary is not None
 
     async def asks(
@@ -600,8 +600,8 @@ async def test_a_plugin_that_does_not_answer_does_not_hold_up_plain_chunks(plugi
     async with app.running(load_settings(environment={}, flags=flags)) as (server, url), calling(url) as caller:
         await until(lambda: len(plugin.asked) == 1)
         assert PLAIN_ANSWER in (await caller.stream()).text()
-        assert server.engine.plugin is not None
-        assert server.engine.plugin.vocabulary is None
+        assert server.cluster.members[0].engine.plugin is not None
+        assert server.cluster.members[0].engine.plugin.vocabulary is None
 
 
 async def test_a_plugin_that_does_not_open_its_socket_is_asked_again(

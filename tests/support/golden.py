@@ -22,6 +22,7 @@ from penstock.core.families import FAMILIES, choose_family
 from penstock.core.recording import Recording, parse_recording
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, Signal
+from support.playbook import tell
 
 VECTORS: Final = Path(__file__).parent.parent / "vectors"
 RECORDINGS: Final = VECTORS / "vllm-0.32"
@@ -102,7 +103,7 @@ def carry_out(case: Case) -> list[Command]:
     exchange = Exchange(request, setting, lambda _: NativeNdjson(STREAM_ID))
     commands = exchange.start()
     for signal in _signals(case.recording):
-        commands += exchange.receive(signal)
+        commands += tell(exchange, signal)
     return commands
 
 

@@ -15,15 +15,26 @@ from typing import Any, Literal
 
 from penstock.core import sse
 from penstock.core.channels import ReasoningPolicy
-from penstock.core.commands import AbortEngine, Close, Command, OpenClient, RecordUsage, Respond, SendToClient, WakeAt
+from penstock.core.commands import (
+    AbortEngine,
+    Close,
+    Command,
+    OpenClient,
+    RecordUsage,
+    Respond,
+    SendToClient,
+    TryAnotherEngine,
+    WakeAt,
+)
 from penstock.core.dialects import Dialect
 from penstock.core.dialects.native import NativeFolded, NativeNdjson, NativeSse
 from penstock.core.dialects.openai_chat import ChatStream, ChatWhole
+from penstock.core.errors import EngineError
 from penstock.core.events import Usage
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import FAMILIES, Family, State, choose_family, thinking_family
 from penstock.core.request import StreamRequest, read_request
-from penstock.core.signals import ClientLeft, EngineSpoke, Signal
+from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal
 from penstock.core.verifier import Verifier, verify
 from support.chunks import MODEL
 
@@ -189,21 +200,30 @@ def play(body: Json | None, steps: Iterable[Step], *, cuts: Sequence[int] | None
     """Plays the steps. Bytes are read by the engine connection, each step in one read at the time of the last signal.
 
     With `cuts` the bytes that follow each other are joined and cut again at these positions. `setting` is that of
-    `open_exchange`.
+    `open_exchange`. There is one engine: where another is wanted and no `EngineChosen` comes next, there is none.
     """
     outcome = Outcome(open_exchange(body, **setting))
     outcome.commands += outcome.exchange.start()
     now = STARTED
     left = False
-    for step in recut(list(steps), cuts) if cuts is not None else steps:
+    played = recut(list(steps), cuts) if cuts is not None else list(steps)
+    for step, following in zip(played, [*played[1:], None], strict=True):
         signal = EngineSpoke(step, now) if isinstance(step, bytes) else step
         now = signal.now
         left |= isinstance(signal, ClientLeft) and not outcome.exchange.is_over
-        outcome.commands += outcome.exchange.receive(signal)
+        outcome.commands += tell(outcome.exchange, signal, following)
     if setting.get("dialect", "ndjson") in ("ndjson", "sse"):
         outcome.events = parse_events(outcome.data)
     check(outcome, client_left=left)
     return outcome
+
+
+def tell(exchange: Exchange, signal: Signal, following: object = None) -> list[Command]:
+    """Tells it, and that there is no other engine if it wants one and `following` is not that one."""
+    commands = exchange.receive(signal)
+    if commands and isinstance(commands[-1], TryAnotherEngine) and not isinstance(following, EngineChosen):
+        commands = commands + exchange.receive(NoEngineLeft(EngineError("no_engine", "there is one only"), signal.now))
+    return commands
 
 
 def recut(steps: list[Step], cuts: Sequence[int]) -> list[Step]:

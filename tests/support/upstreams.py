@@ -55,13 +55,14 @@ def replayed(name: str, fault: str | None = None, **fields: Any) -> dict[str, An
 
 @dataclass
 class Seen:
-    """What came to an engine of `engine_app`: the last chat request, and how its answers ended."""
+    """What came to an engine of `engine_app`: the last chat request, and how its answers ended; and how it feels."""
 
     body: bytes = b""
     headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
     requests: int = 0
     open: int = 0
     left: int = 0
+    healthy: bool = True
 
 
 def engine_app(answer: Handler) -> tuple[web.Application, Seen]:
@@ -85,7 +86,7 @@ def engine_app(answer: Handler) -> tuple[web.Application, Seen]:
         return web.json_response({"object": "list", "data": [{"id": "tiny"}]})
 
     async def health(_: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=200 if seen.healthy else 503)
 
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models), web.get("/health", health)])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from penstock.core.errors import Problem
 from penstock.core.events import Usage
 
 
@@ -49,6 +50,16 @@ class AbortEngine:
 
 
 @dataclass(slots=True)
+class TryAnotherEngine:
+    """This engine failed before its first token: give the request to another, or tell `NoEngineLeft`.
+
+    The connection to this one is closed, so that it does not work for nobody.
+    """
+
+    problem: Problem
+
+
+@dataclass(slots=True)
 class AskEngineHealth:
     """The engine has been silent for long: tell `EngineClosed` if its health check fails, nothing if it passes.
 
@@ -87,4 +98,14 @@ class Close:
     """Finish the client's answer; nothing follows."""
 
 
-Command = OpenClient | SendToClient | Respond | AbortEngine | AskEngineHealth | WakeAt | RecordUsage | Close
+Command = (
+    OpenClient
+    | SendToClient
+    | Respond
+    | AbortEngine
+    | TryAnotherEngine
+    | AskEngineHealth
+    | WakeAt
+    | RecordUsage
+    | Close
+)

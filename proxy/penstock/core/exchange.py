@@ -25,6 +25,7 @@ from penstock.core.commands import (
     RecordUsage,
     Respond,
     SendToClient,
+    TryAnotherEngine,
     WakeAt,
 )
 from penstock.core.dialects import NO_EXT, Dialect, Ext
@@ -61,10 +62,12 @@ from penstock.core.signals import (
     ClockTicked,
     Draining,
     EngineAnswered,
+    EngineChosen,
     EngineClosed,
     EngineRefused,
     EngineSpoke,
     EngineTagged,
+    NoEngineLeft,
     Signal,
 )
 from penstock.core.stop_strings import StopStrings
@@ -74,6 +77,8 @@ from penstock.core.tool_calls import ToolCalls
 _USAGE_TICK_SECONDS = 1.0
 # Unknown engine fields that wait for an event to go with; an engine with more of them is not one to remember.
 _MOST_EXT = 64
+# What is not heard any more of an engine that was given up.
+_OF_AN_ENGINE = (EngineSpoke, EngineTagged, EngineAnswered, EngineRefused, EngineClosed)
 _CARRIES_EXT = (Role, Text, ToolStarted, ToolArguments, Finished, Usage)
 
 
@@ -130,6 +135,8 @@ class Exchange:
         self._phase = _Phase.WAITING
         self._reader = ChatReader(setting.bounds.line_bytes, request.choices)
         self._tagged = setting.tagged
+        self._upstream = setting.upstream
+        self._gave_up: tuple[Ending, Problem] | None = None  # what made us look for another engine
         tools = bool(request.offered_tools)
         self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
         self._tools = ToolCalls(request.offered_tools, self._new_call_id)
@@ -161,7 +168,7 @@ class Exchange:
 
     def receive(self, signal: Signal) -> list[Command]:
         """What to do about a signal, in order. Never raises on anything that came from outside."""
-        if self._phase is _Phase.OVER:
+        if self._phase is _Phase.OVER or (self._gave_up is not None and isinstance(signal, _OF_AN_ENGINE)):
             return []
         match signal:
             case EngineSpoke():
@@ -169,6 +176,10 @@ class Exchange:
                 return self._hear(self._reader.feed(signal.data), signal.now)
             case EngineTagged():
                 return self._hear(self._tagged.read(signal.records) if self._tagged else [], signal.now)
+            case EngineChosen():
+                return self._change_engine(signal)
+            case NoEngineLeft():
+                return self._without_engine(signal)
             case EngineAnswered():
                 return self._hear(self._reader.read_whole(signal.body), signal.now)
             case EngineRefused():
@@ -201,6 +212,8 @@ class Exchange:
         items = self._travel(items)
         self._tick_usage(items, now)
         commands = self._send(items, now)
+        if failure is not None and self._is_untouched() and failure.status >= 500:
+            return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
         if done or self._is_answered():
@@ -249,7 +262,7 @@ class Exchange:
         self._begun = StreamStarted(
             model=opened.model or self._request.model,
             choices=self._request.choices,
-            upstream=self._setting.upstream,
+            upstream=self._upstream,
             trace_id=self._setting.trace_id,
             engine_id=opened.engine_id or f"chatcmpl-{self._setting.stream_id}",
             created=opened.created,
@@ -370,6 +383,8 @@ class Exchange:
         if problem is None:
             problem = EngineError("engine_incomplete", "the engine's answer ended without saying how it finished")
         ending = Ending.CAP_REACHED if isinstance(problem, LimitReached) else Ending.ENGINE_GONE
+        if ending is Ending.ENGINE_GONE and problem.retryable and self._is_untouched():
+            return commands + self._try_another(ending, problem)
         return commands + self._fail(ending, problem, signal.now)
 
     def _refused(self, signal: EngineRefused) -> list[Command]:
@@ -377,7 +392,30 @@ class Exchange:
         status = signal.status if 400 <= signal.status < 600 else 502
         retryable = status in (408, 429) or status >= 500
         problem = EngineError("engine_refused", message, status=status, retryable=retryable, engine_body=body)
+        if retryable and self._is_untouched():
+            return self._try_another(Ending.REFUSED, problem)
         return self._fail(Ending.REFUSED, problem, signal.now)
+
+    # -- another engine ----------------------------------------------------------------------------
+
+    def _is_untouched(self) -> bool:
+        """No event was told and no token heard, so another engine may answer and nobody can tell the difference."""
+        return self._seq == 0 and self._accounting.generated_tokens == 0 and self._accounting.generated_bytes == 0
+
+    def _try_another(self, ending: Ending, problem: Problem) -> list[Command]:
+        self._gave_up = (ending, problem)
+        return [TryAnotherEngine(problem)]
+
+    def _change_engine(self, chosen: EngineChosen) -> list[Command]:
+        self._upstream, self._tagged = chosen.upstream, chosen.tagged
+        self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices)
+        self._begun, self._gave_up, self._last_heard = None, None, chosen.now
+        self._ext.clear()
+        return []
+
+    def _without_engine(self, signal: NoEngineLeft) -> list[Command]:
+        ending, problem = self._gave_up or (Ending.ENGINE_GONE, signal.problem)
+        return self._fail(ending, problem, signal.now)
 
     def _leave(self, now: float) -> list[Command]:
         self._phase = _Phase.OVER

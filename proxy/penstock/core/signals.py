@@ -4,6 +4,27 @@ from dataclasses import dataclass
 
 from penstock.core.errors import Problem
 from penstock.core.frames import Record
+from penstock.core.tagged_stream import TaggedReader
+
+
+@dataclass(slots=True)
+class EngineChosen:
+    """The request goes to this engine now: the first one, or another after `TryAnotherEngine`.
+
+    `tagged` reads the plugin's records, where this engine sends those instead of its own chunks.
+    """
+
+    upstream: str
+    tagged: TaggedReader | None
+    now: float
+
+
+@dataclass(slots=True)
+class NoEngineLeft:
+    """There is no (other) engine to ask. `problem` is told where none was asked: else the failure of the last is."""
+
+    problem: Problem
+    now: float
 
 
 @dataclass(slots=True)
@@ -90,7 +111,9 @@ class ClockTicked:
 
 
 Signal = (
-    EngineSpoke
+    EngineChosen
+    | NoEngineLeft
+    | EngineSpoke
     | EngineTagged
     | EngineAnswered
     | EngineRefused

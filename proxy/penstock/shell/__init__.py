@@ -1,7 +1,7 @@
 """The shell: all the awaiting.
 
 `server` has the routes and makes an exchange for each request that `admission` has room for; `driver` carries one
-exchange between `engine` (the connection to vLLM) and `client` (the connection to the caller). `sources` are the two
-ways an answer comes, `tagged` is the connection to the plugin. `auth` knows the keys and lets callers in,
-`telemetry` knows the traces, `replay` is the mock engine.
+exchange between `engine` (the connection to vLLM) and `client` (the connection to the caller). `cluster` chooses the
+engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. `auth` knows the keys and
+lets callers in, `telemetry` knows the traces, `replay` is the mock engine.
 """

@@ -15,13 +15,13 @@ from penstock.core.commands import (
     RecordUsage,
     Respond,
     SendToClient,
+    TryAnotherEngine,
     WakeAt,
 )
 from penstock.core.errors import EngineError
 from penstock.core.exchange import Exchange
 from penstock.core.signals import Broke, ClientLagged, ClientLeft, ClockTicked, EngineClosed, Signal
 from penstock.shell.client import ClientConnection, ClientGone
-from penstock.shell.engine import Engine
 from penstock.shell.sources import Source
 
 _log = logging.getLogger("penstock")
@@ -37,7 +37,6 @@ class Driver:
         exchange: Exchange,
         client: ClientConnection,
         source: Source,
-        engine: Engine,
         *,
         stream_id: str,
         closing_seconds: float,
@@ -47,7 +46,6 @@ class Driver:
         self._exchange = exchange
         self._client = client
         self._source = source
-        self._engine = engine
         self._stream_id = stream_id
         self._closing_seconds = closing_seconds
         self._buffer_bytes = buffer_bytes
@@ -179,6 +177,8 @@ class Driver:
                     self._wake_at(command.when)
                 case AbortEngine():
                     self._source.abort()
+                case TryAnotherEngine():
+                    self._source.try_another(command.problem)
                 case AskEngineHealth():
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():
@@ -232,7 +232,7 @@ class Driver:
         self._in_background(self.tell(ClockTicked(self._loop.time())))
 
     async def _ask_engine_health(self) -> None:
-        if not await self._engine.is_healthy():
+        if not await self._source.is_healthy():
             message = "the engine has gone silent in the middle of its answer and its health check fails"
             problem = EngineError("engine_stalled", message, status=504)
             await self.tell(EngineClosed(problem, self._loop.time()))

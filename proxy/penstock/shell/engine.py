@@ -1,7 +1,7 @@
 """The connection to one vLLM server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from penstock.core.errors import EngineError, Problem
 from penstock.settings import Timing, Upstream
 from penstock.shell.tagged import PluginConnection
 
-# How long an answer about the engine's health is good for, and how long to wait for one.
+# How long an answer about the engine's health is good for a stream that asks, and how long to wait for one.
 _HEALTH_SECONDS = 1.0
 _HEALTH_TIMEOUT = 2.0
 # A list of models is some kilobytes; an engine that says more is not believed the rest.
@@ -24,10 +24,15 @@ _IDLE_SECONDS = 3.0
 
 
 class Engine:
-    """One upstream. Make it inside a running loop; `close` it when the last answer is over."""
+    """One upstream. Make it inside a running loop; `close` it when the last answer is over.
 
-    def __init__(self, upstream: Upstream, timing: Timing) -> None:
+    `note` is told of each request whether the engine worked, as soon as it said anything or failed.
+    """
+
+    def __init__(self, upstream: Upstream, timing: Timing, note: Callable[[bool], None] = lambda _works: None) -> None:
         self.upstream = upstream
+        self.label = upstream.label
+        self.note = note
         self._base = URL(upstream.url)
         # No limit on connections: admission is ours, not the pool's. aiohttp sets TCP_NODELAY by itself.
         # No overall or read time-out either: a silent engine is met by heartbeats and the stream's time limit.
@@ -41,7 +46,7 @@ class Engine:
         self.plugin: PluginConnection | None = None
         self._plugin_task: asyncio.Task[None] | None = None
         if upstream.plugin == "auto":
-            self.plugin = PluginConnection(self._session, self._base, self._authorization({}), upstream.label)
+            self.plugin = PluginConnection(self._session, self._base, self._authorization({}), self.label)
             self._plugin_task = asyncio.create_task(self.plugin.run())
 
     @property
@@ -61,9 +66,11 @@ class Engine:
         merged = {"Content-Type": "application/json", **self._authorization(headers), **headers}
         try:
             async with self._session.post(self._base.joinpath(path), data=body, headers=merged) as answer:
+                self.note(answer.status < 500)
                 yield answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _problem(error, self.upstream.label) from error
+            self.note(False)
+            raise _problem(error, self.label) from error
 
     async def get(self, path: str, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
         """Status, content type and body of a small answer. Raises `EngineError`."""
@@ -73,13 +80,13 @@ class Engine:
             async with self._session.get(self._base.joinpath(path), headers=merged, timeout=timeout) as answer:
                 return answer.status, answer.content_type, await read_up_to(answer, _MOST_SMALL_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _problem(error, self.upstream.label) from error
+            raise _problem(error, self.label) from error
 
-    async def is_healthy(self) -> bool:
-        """Whether the engine's `/health` answers 200, asked at most once a second."""
+    async def is_healthy(self, at_most: float = _HEALTH_SECONDS) -> bool:
+        """Whether the engine's `/health` answers 200; an answer not older than `at_most` seconds is good enough."""
         now = asyncio.get_running_loop().time()
         asked, healthy = self._health
-        if now - asked < _HEALTH_SECONDS:
+        if now - asked < at_most:
             return healthy
         timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT)
         try:

@@ -23,9 +23,10 @@ from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
 from penstock.shell.auth import OPEN_ROUTES, Caller, Gatekeeper, caller_of
 from penstock.shell.client import ClientConnection
+from penstock.shell.cluster import Cluster, Wish, no_engine
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
-from penstock.shell.sources import PlainAnswer, Source, TaggedAnswer
+from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, TaggedAnswer
 from penstock.shell.telemetry import StreamTrace, Telemetry
 
 _log = logging.getLogger("penstock")
@@ -50,12 +51,12 @@ class _OpenStream:
 
 
 class Server:
-    """All routes over one engine. `drain` before closing: it waits for open streams and ends the rest."""
+    """All routes over the engines. `drain` before closing: it waits for open streams and ends the rest."""
 
-    def __init__(self, settings: Settings, gatekeeper: Gatekeeper, engine: Engine, telemetry: Telemetry) -> None:
+    def __init__(self, settings: Settings, gatekeeper: Gatekeeper, cluster: Cluster, telemetry: Telemetry) -> None:
         self._settings = settings
         self._gatekeeper = gatekeeper
-        self.engine = engine
+        self.cluster = cluster
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
         self._admission = Admission(settings.limits)
@@ -142,16 +143,18 @@ class Server:
         family: Family,
         spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
     ) -> web.StreamResponse:
-        headers = self._engine_headers(http, trace, request, stream_id)
-        reader, source = self._choose_source(stream_id, family, request, headers)
-        setting = self._setting(stream_id, family, request, trace, reader)
+        def ask(engine: Engine) -> tuple[TaggedReader | None, Answer]:
+            headers = self._engine_headers(http, trace, request, stream_id, engine)
+            return self._ask(engine, stream_id, family, request, headers)
+
+        source = ClusterAnswer(self.cluster, Wish(request.model), ask, self._settings.routing.retries)
+        setting = self._setting(stream_id, family, request, trace)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         client = ClientConnection(http, {"X-Stream-Id": stream_id, "X-Stream-Schema": native.SCHEMA_VERSION})
         driver = Driver(
             exchange,
             client,
             source,
-            self.engine,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             buffer_bytes=self._settings.limits.buffer_bytes,
@@ -173,33 +176,33 @@ class Server:
                 self._all_closed.set()
 
     def _engine_headers(
-        self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str
+        self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str, engine: Engine
     ) -> dict[str, str]:
-        headers = dict(trace.call_engine(request, self.engine.address, self.engine.port))
-        return {**headers, "X-Request-Id": stream_id, **self._passed_authorization(http)}
+        headers = dict(trace.call_engine(request, engine.address, engine.port))
+        return {**headers, "X-Request-Id": stream_id, **self._passed_authorization(http, engine)}
 
-    def _passed_authorization(self, http: web.Request) -> dict[str, str]:
+    def _passed_authorization(self, http: web.Request, engine: Engine) -> dict[str, str]:
         """Without keys of our own the caller's key is the engine's business, as if we were not there."""
-        has_keys = self._gatekeeper.asks_for_keys or self.engine.upstream.api_key is not None
+        has_keys = self._gatekeeper.asks_for_keys or engine.upstream.api_key is not None
         if has_keys or hdrs.AUTHORIZATION not in http.headers:
             return {}
         return {"Authorization": http.headers[hdrs.AUTHORIZATION]}
 
-    def _choose_source(
-        self, stream_id: str, family: Family, request: StreamRequest, headers: dict[str, str]
-    ) -> tuple[TaggedReader | None, Source]:
+    def _ask(
+        self, engine: Engine, stream_id: str, family: Family, request: StreamRequest, headers: dict[str, str]
+    ) -> tuple[TaggedReader | None, Answer]:
         """Tagged tokens where the engine offers them and the request allows, vLLM's own chunks otherwise."""
-        plugin = self.engine.plugin
+        plugin = engine.plugin
         vocabulary = plugin.vocabulary if plugin is not None else None
         most = self._settings.limits.stream_bytes
         body, streams = request.engine_body, request.streams
-        plain = PlainAnswer(self.engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
+        plain = PlainAnswer(engine, CHAT[1:], body, headers, streams=streams, most_bytes=most)
         if plugin is None or vocabulary is None or not streams or request.needs_engine_text is not None:
             return None, plain
         told = family if request.offered_tools else family.without_tools
         engine_id, model = f"chatcmpl-{stream_id}", plugin.model_name(request.model)
         reader = TaggedReader(request, vocabulary, engine_id, model, fingerprint=plugin.fingerprint)
-        return reader, TaggedAnswer(plugin, body, headers, told, plain)
+        return reader, TaggedAnswer(plugin, body, headers, told, plain, engine.note)
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -207,7 +210,8 @@ class Server:
             raise Overloaded("draining", message, headers={**RETRY, "Connection": "close"})
 
     async def _read(self, http: web.Request, streams: bool | None, place: Place) -> StreamRequest:
-        limits, timing, upstream = self._settings.limits, self._settings.timing, self.engine.upstream
+        limits, timing = self._settings.limits, self._settings.timing
+        upstream = self._settings.upstreams[0]  # the settings see to it that all agree on how they are asked
         body = await read_body(http, limits.request_bytes, timing.request_seconds, place)
         return read_request(
             body,
@@ -230,12 +234,11 @@ class Server:
         family: Family,
         request: StreamRequest,
         trace: StreamTrace,
-        tagged: TaggedReader | None,
     ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
             stream_id=stream_id,
-            upstream=self.engine.upstream.label,
+            upstream="",
             trace_id=trace.trace_id,
             family=family,
             reasoning=request.reasoning or self._settings.reasoning,
@@ -251,7 +254,6 @@ class Server:
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
-            tagged=tagged,
         )
 
     def _record(self, stream_id: str, principal: str, trace: StreamTrace, record: RecordUsage) -> None:
@@ -279,7 +281,11 @@ class Server:
     # -- the rest ----------------------------------------------------------------------------------
 
     async def _models(self, http: web.Request) -> web.Response:
-        status, content_type, body = await self.engine.get("v1/models", self._passed_authorization(http))
+        member = self.cluster.choose(Wish(""))
+        if member is None:
+            raise no_engine()
+        headers = self._passed_authorization(http, member.engine)
+        status, content_type, body = await member.engine.get("v1/models", headers)
         return web.Response(status=status, body=body, content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:
@@ -291,8 +297,8 @@ class Server:
     async def _readyz(self, _http: web.Request) -> web.Response:
         if self._draining:
             return web.Response(status=503, text="draining\n")
-        if not await self.engine.is_healthy():
-            return web.Response(status=503, text=f"the engine {self.engine.upstream.label} is not healthy\n")
+        if not await self.cluster.is_ready():
+            return web.Response(status=503, text="no engine is healthy\n")
         return web.Response(text="ready\n")
 
     @web.middleware

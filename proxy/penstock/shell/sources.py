@@ -10,7 +10,18 @@ import orjson
 from penstock.core.errors import EngineError, LimitReached, Problem
 from penstock.core.families import Family
 from penstock.core.frames import Record
-from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, EngineTagged, Signal
+from penstock.core.signals import (
+    EngineAnswered,
+    EngineChosen,
+    EngineClosed,
+    EngineRefused,
+    EngineSpoke,
+    EngineTagged,
+    NoEngineLeft,
+    Signal,
+)
+from penstock.core.tagged_stream import TaggedReader
+from penstock.shell.cluster import Cluster, Member, Wish, no_engine
 from penstock.shell.engine import Engine, read_up_to
 from penstock.shell.tagged import PluginConnection
 
@@ -35,12 +46,22 @@ class Ear(Protocol):
     async def wait_until_closed(self) -> None: ...
 
 
-class Source(Protocol):
+class Answer(Protocol):
     """One answer of an engine. `speak` tells all of it; `abort` makes the engine stop, at any time, more than once."""
 
     async def speak(self, ear: Ear) -> None: ...
 
     def abort(self) -> None: ...
+
+
+class Source(Answer, Protocol):
+    """Where a stream's answer comes from, whoever it is that gives it."""
+
+    def try_another(self, problem: Problem) -> None:
+        """Whoever speaks failed before the first token: somebody else shall, or `NoEngineLeft` is told."""
+
+    async def is_healthy(self) -> bool:
+        """Whether whoever speaks is still there, however silent."""
 
 
 class PlainAnswer:
@@ -99,7 +120,13 @@ class TaggedAnswer:
     """
 
     def __init__(
-        self, connection: PluginConnection, body: bytes, headers: Mapping[str, str], family: Family, plain: Source
+        self,
+        connection: PluginConnection,
+        body: bytes,
+        headers: Mapping[str, str],
+        family: Family,
+        plain: Answer,
+        note: Callable[[bool], None],
     ) -> None:
         self._connection = connection
         self._body = body
@@ -108,6 +135,7 @@ class TaggedAnswer:
         self._plain = plain
         self._needs_text = asyncio.Event()
         self._number: int | None = None
+        self._note: Callable[[bool], None] | None = note
         self._hear: Callable[[Signal], None] | None = None
         self._now = asyncio.get_running_loop().time
 
@@ -128,9 +156,14 @@ class TaggedAnswer:
         self._plain.abort()
 
     def records(self, records: list[Record]) -> None:
+        if self._note is not None:
+            self._note(True)
+            self._note = None
         self._tell(EngineTagged(records, self._now()))
 
     def refused(self, status: int, body: bytes) -> None:
+        if self._note is not None:
+            self._note(status < 500)
         if (status, _error_type(body)) == _NEEDS_TEXT:
             self._needs_text.set()
         else:
@@ -158,3 +191,71 @@ def _error_type(body: bytes) -> object:
         return orjson.loads(body)["error"]["type"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
+
+
+# Of these the engine did no work on the request: it was not reached, or it refused at once for being full.
+_COSTS_NOTHING = "engine_unreachable"
+_FULL = (429, 503)
+
+Ask = Callable[[Engine], tuple[TaggedReader | None, Answer]]
+"""Puts the request to an engine; the reader is there where the answer is tagged tokens."""
+
+
+class ClusterAnswer:
+    """The answer of the engine that the cluster chooses, and of another where that one fails before its first token.
+
+    Each engine is asked once. Failures in which an engine may have worked on the request use up `retries`: a request
+    that kills engines must not be handed on until none is left.
+    """
+
+    def __init__(self, cluster: Cluster, wish: Wish, ask: Ask, retries: int) -> None:
+        self._cluster = cluster
+        self._wish = wish
+        self._ask = ask
+        self._retries = retries
+        self._now = asyncio.get_running_loop().time
+        self._engine: Engine | None = None
+        self._answer: Answer | None = None
+        self._attempt: asyncio.Task[None] | None = None
+        self._failed = False
+
+    async def speak(self, ear: Ear) -> None:
+        tried: set[Member] = set()
+        while self._retries >= 0 and (member := self._cluster.choose(self._wish, tried)) is not None:
+            tried.add(member)
+            self._failed = False
+            with self._cluster.serving(member):
+                await self._speak_for(member.engine, ear)
+            if not self._failed:
+                return
+        await ear.hear(NoEngineLeft(no_engine(), self._now()))
+
+    def abort(self) -> None:
+        if self._answer is not None:
+            self._answer.abort()
+
+    def try_another(self, problem: Problem) -> None:
+        if problem.code != _COSTS_NOTHING and problem.status not in _FULL:
+            self._retries -= 1
+        self._failed = True
+        self.abort()
+        if self._attempt is not None:
+            self._attempt.cancel()
+
+    async def is_healthy(self) -> bool:
+        return self._engine is None or await self._engine.is_healthy()
+
+    async def _speak_for(self, engine: Engine, ear: Ear) -> None:
+        """In a task of its own: one that fell silent is left in the middle of its wait."""
+        self._engine = engine
+        reader, self._answer = self._ask(engine)
+        await ear.hear(EngineChosen(engine.label, reader, self._now()))
+        self._attempt = asyncio.create_task(self._answer.speak(ear))
+        try:
+            await asyncio.wait({self._attempt})
+        except asyncio.CancelledError:
+            self._attempt.cancel()
+            await asyncio.gather(self._attempt, return_exceptions=True)
+            raise
+        if not self._attempt.cancelled():
+            self._attempt.result()
