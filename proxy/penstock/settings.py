@@ -101,7 +101,10 @@ class StateSettings(_Part):
     markers: dict[str, str] = Field(default_factory=dict, description="marker -> next state")
     otherwise: str | None = Field(None, description="state entered by anything but space and a marker")
     headers: list[tuple[str, str]] = Field(default_factory=list, description="[pattern, state] pairs, first match wins")
-    syntax: Literal["", "hermes", "arguments"] = Field("", description="how a tool state spells a call")
+    syntax: Literal["", "hermes", "llama", "mistral", "deepseek", "dsml", "arguments"] = Field(
+        "", description="how a tool state spells a call"
+    )
+    keeps: list[str] = Field(default_factory=list, description="markers that are also the first text of the next state")
 
 
 class ReasoningMarks(_Part):
@@ -113,7 +116,9 @@ class ReasoningMarks(_Part):
 class ToolMarks(_Part):
     open: str = Field(min_length=1, description="marker before a call")
     close: str = Field(min_length=1, description="marker after a call")
-    syntax: Literal["hermes", "arguments"] = Field("hermes", description="how the call is written between them")
+    syntax: Literal["hermes", "llama", "mistral", "deepseek", "dsml", "arguments"] = Field(
+        "hermes", description="how the call is written between them"
+    )
 
 
 class FamilySettings(_Part):
@@ -137,7 +142,7 @@ class FamilySettings(_Part):
         built_in = next((family for family in FAMILIES if family.name == name), None)
         if self.states:
             states = {
-                key: State(s.channel, s.markers, s.otherwise, tuple(s.headers), s.syntax)
+                key: State(s.channel, s.markers, s.otherwise, tuple(s.headers), s.syntax, frozenset(s.keeps))
                 for key, s in self.states.items()
             }
             return Family(name, tuple(self.models), self.start, self.start, states)

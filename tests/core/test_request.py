@@ -180,7 +180,7 @@ def test_a_bare_request() -> None:
         choices=1,
         streams=False,
         engine_body=body(),
-        offered_tools=frozenset(),
+        tools={},
         thinking=True,
         reasoning=None,
         family=None,

@@ -1,5 +1,7 @@
 """Markup and deltas -> whole calls: how a call is written, cut and spoilt."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from penstock.core.events import (
     Warned,
     Withheld,
 )
+from penstock.core.schemas import Schema
 from penstock.core.tool_calls import ToolCalls
 from support.strategies import argument_objects, hermes_bodies, pieces_of, thorough
 
@@ -27,7 +30,7 @@ HEAD = '{"name": "f", "arguments": '
 
 
 def tools(*offered: str) -> ToolCalls:
-    return ToolCalls(frozenset(offered or ("f", "g")), lambda choice, index: f"call_{choice}_{index}")
+    return ToolCalls(dict.fromkeys(offered or ("f", "g")), lambda choice, index: f"call_{choice}_{index}")
 
 
 def markup(*pieces: str, closed: bool = True, syntax: str = "hermes", name: str | None = None) -> list[Event]:
@@ -284,3 +287,97 @@ def test_a_finish_after_a_call_that_is_not_valid_stays_what_it_is() -> None:
     finished = Finished(0, "stop", reason="stop")
     read(delta("{", name="f"), finished)
     assert finished.reason == "stop"
+
+
+# --- Engines that say things twice ----------------------------------------------------------------
+
+
+def doubled(*items: ToolDelta) -> list[Event]:
+    """Each delta twice; where the engine counts, the second adds no tokens."""
+    return [one for item in items for one in (item, replace(item, tokens=0))]
+
+
+def warnings(events: list[Event]) -> list[str]:
+    return [event.code for event in events if isinstance(event, Warned)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize("pieces", [['{"a":', " 1}"], list('{"a": "000", "b": [[1, 1]]}'), ["{}"]])
+def test_each_chunk_sent_twice_counts_once(tokens: int, pieces: list[str]) -> None:
+    head = ToolDelta(0, 0, "c", "f", "", tokens)
+    rest = [ToolDelta(0, 0, None, None, piece, tokens) for piece in pieces]
+    events = read(*doubled(head, *rest), stop())
+    assert ready(events) == [("f", "".join(pieces))]
+    assert warnings(events) == ["doubled_delta"]
+    assert "".join(event.text for event in events if isinstance(event, Withheld)) == "".join(pieces)
+
+
+@pytest.mark.parametrize("call_id", ["c", None])
+def test_a_whole_call_in_one_chunk_sent_twice(call_id: str | None) -> None:
+    events = read(*doubled(ToolDelta(0, 0, call_id, "f", '{"a": 1}'), ToolDelta(0, 1, None, "g", "{}")), stop())
+    assert ready(events) == [("f", '{"a": 1}'), ("g", "{}")]
+
+
+def test_the_whole_of_the_arguments_again_at_the_end_of_the_stream() -> None:
+    """vLLM's flush of what a parser has not streamed repeats what it has (vllm-project/vllm, xlam parser)."""
+    events = read(delta('{"a": ', name="f"), delta("1}"), delta('{"a": 1}'), stop())
+    assert ready(events) == [("f", '{"a": 1}')]
+    assert warnings(events) == ["doubled_delta"]
+
+
+def test_a_final_chunk_that_repeats_id_and_name() -> None:
+    events = read(delta('{"a": ', 0, "c", "f"), delta("1}", 0, "c", "f"), stop("tool_calls"))
+    assert ready(events) == [("f", '{"a": 1}')]
+    assert warnings(events) == []
+
+
+@pytest.mark.parametrize("tail", ["}", '{"a"', "x", '{"a": 2}'])
+@pytest.mark.parametrize("after", [stop(), Text(0, Channel.ANSWER, "x")])
+def test_anything_else_behind_the_last_brace_is_theirs(tail: str, after: Event) -> None:
+    events = read(delta('{"a": 1}', name="f"), delta(tail), after, stop())
+    assert ready(events) == []
+    assert ended(events).arguments == '{"a": 1}' + tail
+
+
+def test_equal_pieces_that_are_counted_are_not_doubled() -> None:
+    pieces = ['{"a": ', "0", "1", "1", "1", "1", "}"]
+    events = read(delta(call_id="c", name="f"), *(ToolDelta(0, 0, None, None, piece, 1) for piece in pieces), stop())
+    assert ended(events).arguments == '{"a": 01111}'
+    assert warnings(events) == []
+
+
+def test_space_behind_the_last_brace_is_no_loss() -> None:
+    events = read(delta('{"a": 1}', name="f"), delta("\n"), delta(" "), stop())
+    assert ready(events) == [("f", '{"a": 1}')]
+    assert ended(events).arguments == '{"a": 1}\n '
+
+
+# --- The schema of the request --------------------------------------------------------------------
+
+DAYS = Schema({"type": "object", "properties": {"days": {"type": "integer"}}, "required": ["days"]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ('{"days": 2}', None),
+        ('{"days": "2"}', "the arguments do not fit the schema of 'f': at $.days: it breaks type: \"integer\""),
+        ("", "the arguments do not fit the schema of 'f': at $: a required property is missing, required: [\"days\"]"),
+    ],
+)
+def test_what_does_not_fit_is_never_ready(arguments: str, problem: str | None) -> None:
+    step = ToolCalls({"f": DAYS}, lambda choice, index: f"call_{choice}_{index}")
+    events = read(delta(arguments, name="f"), stop("tool_calls"), step=step)
+    assert ended(events).problem == problem
+    assert len(ready(events)) == (problem is None)
+
+
+@thorough(400)
+@given(st.data(), st.one_of(argument_objects.map(json.dumps), st.text(max_size=40), st.binary(max_size=40).map(repr)))
+def test_whatever_the_arguments_are_nothing_invalid_is_ready(data: st.DataObject, arguments: str) -> None:
+    step = ToolCalls({"f": DAYS}, lambda choice, index: f"call_{choice}_{index}")
+    pieces = data.draw(pieces_of(arguments))
+    events = read(delta(name="f", call_id="c"), *map(delta, pieces), stop(), step=step)
+    for _, text in ready(events):
+        assert DAYS.problem(json.loads(text)) is None
+    assert len([event for event in events if isinstance(event, ToolEnded)]) == 1

@@ -26,7 +26,7 @@ from support.strategies import (
 )
 
 TOOLS = ["f", "g", "get_weather"]
-THINKING = [name for name in FAMILY_NAMES if name != "bare"]
+THINKING = [name for name in FAMILY_NAMES if name not in ("bare", "llama")]
 QWEN, DEEPSEEK = "qwen3", "deepseek-r1"
 
 
@@ -132,7 +132,8 @@ def spell(family: str, reasoning: str, answer: str, bodies: list[str]) -> str:
     opening, closing, call, end = {
         "custom": ("§§", "§§", "§!", "§!"),
         "deepseek-r1": ("", "</think>", "<tool_call>", "</tool_call>"),
-        "mistral": ("[THINK]", "[/THINK]", "", ""),
+        "deepseek": ("<think>", "</think>", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        "mistral": ("[THINK]", "[/THINK]", "[TOOL_CALLS]f", ""),
     }.get(family, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
     return f"{opening}{reasoning}{closing}{answer}" + "".join(f"{call}{body}{end}" for body in bodies)
 
@@ -148,17 +149,16 @@ def spell(family: str, reasoning: str, answer: str, bodies: list[str]) -> str:
 def test_what_a_model_of_each_family_writes(
     data: st.DataObject, family: str, reasoning: str, answer: str, calls: list[Json]
 ) -> None:
-    given_calls = [] if family == "mistral" else calls
-    if family == "harmony":
-        bodies = [json.dumps(call) for call in given_calls]
+    if family in ("harmony", "mistral", "deepseek"):
+        bodies = [json.dumps(call) for call in calls]
     else:
-        bodies = [data.draw(hermes_bodies("f", call)) for call in given_calls]
+        bodies = [data.draw(hermes_bodies("f", call)) for call in calls]
     text = spell(family, reasoning, answer, bodies)
     outcome = said(data.draw(pieces_of(text)), ask(tools=TOOLS), family, "separate")
     assert outcome.blocks()[:2] == [f"reasoning: {reasoning}", f"text: {answer}"]
-    assert [event["arguments"] for event in outcome.all_of("tool_call.ready")] == given_calls
-    assert len(outcome.blocks()) == 2 + len(given_calls)
-    assert outcome.finishes()[0]["reason"] == ("tool_calls" if given_calls else "stop")
+    assert [event["arguments"] for event in outcome.all_of("tool_call.ready")] == calls
+    assert len(outcome.blocks()) == 2 + len(calls)
+    assert outcome.finishes()[0]["reason"] == ("tool_calls" if calls else "stop")
 
 
 @pytest.mark.parametrize("start", ["", "<think>", "\n<think>\n"])

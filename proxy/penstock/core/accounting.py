@@ -55,7 +55,9 @@ class Accounting:
             if isinstance(item, Text):
                 self._deliver_text(item)
             elif isinstance(item, ToolArguments):
-                self._sizes["delivered"] += utf8_size(item.text)
+                size = utf8_size(item.text)
+                self._sizes["delivered"] += size
+                self._sizes["added"] += size if item.added else 0
                 self._tool_tokens += item.tokens
                 self._delivered_tokens += item.tokens
             elif isinstance(item, Withheld):
@@ -123,7 +125,7 @@ class Accounting:
 
 def size_of(items: list[Event]) -> int:
     """Bytes that the model wrote and that stand in `items`, which were never sent."""
-    written = [i for i in items if isinstance(i, ToolArguments | Withheld) or (isinstance(i, Text) and not i.added)]
+    written = [i for i in items if isinstance(i, Withheld) or (isinstance(i, Text | ToolArguments) and not i.added)]
     return sum(utf8_size(item.text) for item in written)
 
 

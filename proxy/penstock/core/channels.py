@@ -179,16 +179,31 @@ class _ChoiceChannels:
 
     def _pass_marker(self, marker: str, text: str, out: list[Event]) -> None:
         state = self._state
-        out.append(Withheld(self._choice, "marker", text, self._extras.take_tokens()))
         target, tool = state.on[marker], None
+        if marker in state.keeps:
+            self._keep_marker(marker, text[: -len(marker)], target, out)
+            return
+        out.append(Withheld(self._choice, "marker", text, self._extras.take_tokens()))
         if state.headers:
             target, tool = self._read_header(state, target)
-        self._state = following = self._family.states[target]
+        self._enter(self._family.states[target], tool, out)
+
+    def _enter(self, following: State, tool: str | None, out: list[Event]) -> None:
+        state, self._state = self._state, following
         if state.channel == "tool":
             out.append(ToolMarkup(self._choice, state.syntax, "", phase="closed"))
         if following.channel == "tool":
             self._close_inline(out)
             out.append(ToolMarkup(self._choice, following.syntax, "", phase="opened", name=tool))
+
+    def _keep_marker(self, marker: str, space: str, target: str, out: list[Event]) -> None:
+        """A marker that is also the first text of what it leads to; within one state it is nothing but text."""
+        if space:
+            out.append(Withheld(self._choice, "marker", space))
+        following = self._family.states[target]
+        if following is not self._state:
+            self._enter(following, None, out)
+        self._emit_piece(marker, out)
 
     def _read_header(self, state: State, default: str) -> tuple[str, str | None]:
         header, self._header = self._header, ""

@@ -151,11 +151,14 @@ class ToolStarted:
 
 @dataclass(slots=True)
 class ToolArguments:
+    """A piece of a call's arguments. `added` is text that the model did not write so: JSON made of its XML."""
+
     choice: int
     call_id: str
     text: str
     tokens: int = 0
     block: int = 0
+    added: bool = False
 
 
 @dataclass(slots=True)

@@ -137,9 +137,9 @@ class Exchange:
         self._tagged = setting.tagged
         self._upstream = setting.upstream
         self._gave_up: tuple[Ending, Problem] | None = None  # what made us look for another engine
-        tools = bool(request.offered_tools)
+        tools = bool(request.tools)
         self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
-        self._tools = ToolCalls(request.offered_tools, self._new_call_id)
+        self._tools = ToolCalls(request.tools, self._new_call_id)
         self._stop_strings = StopStrings(request.stop, include=request.include_stop)
         self._moderation = Moderation()
         self._accounting = Accounting()

@@ -28,7 +28,7 @@ class State:
     until a marker comes (then it counts as part of the markup) or anything else does (then `otherwise` is
     entered with the space). `headers` belongs to a `markup` state whose text decides where its marker leads:
     the first pattern found in the text wins, its first group names the tool. `syntax` says how a tool
-    state's text spells a call.
+    state's text spells a call. `keeps` are markers that are also the first text of the state they lead to.
     """
 
     channel: StateChannel
@@ -36,6 +36,7 @@ class State:
     otherwise: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
     syntax: str = ""
+    keeps: frozenset[str] = frozenset()
 
     @cached_property
     def markers(self) -> Markers:
@@ -81,6 +82,8 @@ class Family:
 
     def _check(self, name: str, state: State) -> None:
         place = f"state {name!r} of family {self.name!r}"
+        if unknown := sorted(state.keeps - state.on.keys()):
+            raise ValueError(f"{place} keeps what is no marker of it: {unknown}")
         for pattern, _ in state.headers:
             try:
                 re.compile(pattern)
@@ -97,17 +100,16 @@ class Family:
     def without_tools(self) -> "Family":
         """The same family for a request that offers no tools: tool markers are plain text there."""
         tool = {name for name, state in self.states.items() if state.channel == "tool"}
-        states = {
-            name: State(
-                state.channel,
-                {marker: target for marker, target in state.on.items() if target not in tool},
-                state.otherwise,
-                state.headers,
-                state.syntax,
-            )
-            for name, state in self.states.items()
-        }
+        # What stands around calls and has no other use (DeepSeek's list of calls) goes with them.
+        around = {name for name, s in self.states.items() if s.channel == "markup" and not s.headers}
+        tool |= {name for name in around if tool & set(self.states[name].on.values())}
+        states = {name: self._without(state, tool) for name, state in self.states.items()}
         return Family(self.name, self.models, self.start, self.start_without_thinking, states)
+
+    @staticmethod
+    def _without(state: State, targets: set[str]) -> State:
+        on = {marker: target for marker, target in state.on.items() if target not in targets}
+        return State(state.channel, on, state.otherwise, state.headers, state.syntax, state.keeps & on.keys())
 
 
 def thinking_family(
@@ -140,6 +142,39 @@ def thinking_family(
     return Family(name, tuple(models), start, "opening", states)
 
 
+def _calling(
+    family: Family, entries: Mapping[str, str], states: Mapping[str, State], kept: Iterable[str] = ()
+) -> Family:
+    """The family with more states, for tools, entered from its answer by `entries`; `kept` ones are a call's text."""
+    entered = {
+        name: State(state.channel, {**state.on, **entries}, state.otherwise, keeps=frozenset(kept))
+        for name, state in family.states.items()
+        if state.channel == "answer"
+    }
+    all_states = {**family.states, **entered, **states}
+    return Family(family.name, family.models, family.start, family.start_without_thinking, all_states)
+
+
+_DEEPSEEK_ENTRIES = {
+    "<｜tool▁calls▁begin｜>": "calls",
+    "<｜tool▁call▁begin｜>": "call",
+    "<｜DSML｜function_calls>": "dsml",
+    "<｜DSML｜tool_calls>": "dsml",
+}
+_DEEPSEEK_STATES = {
+    "calls": State("markup", {"<｜tool▁call▁begin｜>": "call", "<｜tool▁calls▁end｜>": "opening"}),
+    "call": State(
+        "tool",
+        {"<｜tool▁call▁end｜>": "calls", "<｜tool▁calls▁end｜>": "opening", "<｜tool▁sep｜>": "call"},
+        syntax="deepseek",
+        keeps=frozenset({"<｜tool▁sep｜>"}),
+    ),
+    "dsml": State("tool", {"</｜DSML｜function_calls>": "opening", "</｜DSML｜tool_calls>": "opening"}, syntax="dsml"),
+}
+# A call of Llama's has no marker of its own: it is an answer that begins like one. Other orders are answers.
+_LLAMA_HEADS = tuple(
+    f'{{{space}"{key}"' for key in ("name", "type") for space in ("", " ", "\n", "\n ", "\n  ", "\n    ")
+)
 _HARMONY_ENDS = {"<|end|>": "between", "<|return|>": "between", "<|call|>": "between"}
 _HARMONY_HEADERS = {"<|start|>": "header", "<|channel|>": "header"}
 
@@ -168,14 +203,59 @@ HARMONY = Family(
 # The order counts: the first family with a matching pattern is taken, so the special comes before the general.
 FAMILIES: tuple[Family, ...] = (
     HARMONY,
-    thinking_family(
-        "deepseek-r1",
-        ("*deepseek-r1*", "*r1-distill*", "*qwq*", "*qwen3*thinking*"),
-        reasoning=("<think>", "</think>"),
-        opened_by_template=True,
+    _calling(
+        thinking_family(
+            "deepseek-r1",
+            ("*deepseek-r1*", "*r1-distill*", "*qwq*", "*qwen3*thinking*"),
+            reasoning=("<think>", "</think>"),
+            opened_by_template=True,
+        ),
+        _DEEPSEEK_ENTRIES,
+        _DEEPSEEK_STATES,
     ),
-    thinking_family(
-        "mistral", ("*magistral*", "*mistral*", "*ministral*"), reasoning=("[THINK]", "[/THINK]"), tools=None
+    _calling(
+        thinking_family("deepseek", ("*deepseek*",), reasoning=("<think>", "</think>"), tools=None),
+        _DEEPSEEK_ENTRIES,
+        _DEEPSEEK_STATES,
+    ),
+    _calling(
+        thinking_family(
+            "mistral",
+            ("*magistral*", "*mistral*", "*ministral*", "*devstral*"),
+            reasoning=("[THINK]", "[/THINK]"),
+            tools=None,
+        ),
+        {"[TOOL_CALLS]": "tool"},
+        {
+            "tool": State(
+                "tool",
+                {"[TOOL_CALLS]": "tool", "[ARGS]": "tool", "[CALL_ID]": "tool"},
+                syntax="mistral",
+                keeps=frozenset({"[ARGS]", "[CALL_ID]"}),
+            )
+        },
+    ),
+    Family(
+        "llama",
+        ("*llama-3*instruct*", "*llama-4*instruct*", "*meta-llama*"),
+        start="opening",
+        start_without_thinking="opening",
+        states={
+            "opening": State(
+                "answer",
+                {**dict.fromkeys(_LLAMA_HEADS, "tool"), "<|python_tag|>": "tool"},
+                otherwise="answer",
+                keeps=frozenset(_LLAMA_HEADS),
+            ),
+            "answer": State("answer", {"<|python_tag|>": "tool"}),
+            "tool": State("tool", syntax="llama"),
+        },
+    ),
+    _calling(
+        thinking_family("qwen3-coder", ("*qwen3-coder*", "*qwen3.5*", "*qwen3.6*"), reasoning=("<think>", "</think>")),
+        {"<function=": "function"},
+        {"function": State("tool", {"</tool_call>": "opening"}, syntax="hermes")},
+        kept=["<function="],
     ),
     thinking_family("qwen3", ("*",), reasoning=("<think>", "</think>")),
 )

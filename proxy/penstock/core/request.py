@@ -4,6 +4,7 @@ The request passes to the engine unchanged but for what Penstock must add; vLLM 
 `penstock` is checked here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import orjson
 
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.errors import CallerError
+from penstock.core.schemas import Schema, SchemaError, schema_of
 
 # vLLM refuses more (VLLM_MAX_N_SEQUENCES).
 _MOST_CHOICES = 16384
@@ -46,7 +48,8 @@ class StreamRequest:
     choices: int
     streams: bool
     engine_body: bytes
-    offered_tools: frozenset[str]
+    tools: Mapping[str, Schema | None]
+    """The offered tools, each with the schema of its arguments where it has one."""
     thinking: bool
     reasoning: ReasoningPolicy | None
     family: str | None
@@ -64,6 +67,10 @@ class StreamRequest:
     """Whether the token that ends a choice is part of its text."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
+
+    @property
+    def offered_tools(self) -> frozenset[str]:
+        return frozenset(self.tools)
 
 
 def read_request(
@@ -96,7 +103,7 @@ def read_request(
         choices=_choices(request.get("n")),
         streams=wants,
         engine_body=body if untouched else _dump(request),
-        offered_tools=offered_tools,
+        tools=offered_tools,
         thinking=_thinks(request),
         reasoning=options.get("reasoning"),
         family=options.get("family"),
@@ -163,13 +170,27 @@ def _is_stop_list(value: Any) -> bool:
     return isinstance(value, list) and 1 <= len(value) <= 16 and all(isinstance(s, str) and s for s in value)
 
 
-def _offered_tools(request: dict[str, Any]) -> frozenset[str]:
+def _offered_tools(request: dict[str, Any]) -> dict[str, Schema | None]:
     tools = request.get("tools")
     if not isinstance(tools, list) or request.get("tool_choice") == "none":
-        return frozenset()
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
-    names = [function.get("name") for function in functions if isinstance(function, dict)]
-    return frozenset(name for name in names if isinstance(name, str))
+        return {}
+    offered: dict[str, Schema | None] = {}
+    for position, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(function, dict) and isinstance(name, str):
+            offered[name] = _schema(function.get("parameters"), f"tools[{position}].function.parameters")
+    return offered
+
+
+def _schema(given: Any, place: str) -> Schema | None:
+    if not isinstance(given, dict):
+        return None  # vLLM refuses what is neither an object nor null
+    try:
+        return schema_of(given)
+    except SchemaError as error:
+        message = f"{place} is no JSON Schema, {error}; arguments could not be judged by it, so mend or leave it out"
+        raise CallerError("invalid_schema", message, param=place) from None
 
 
 def _needs_engine_text(request: dict[str, Any]) -> str | None:

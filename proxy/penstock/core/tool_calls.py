@@ -6,14 +6,15 @@ repaired. A call ends where its end marker comes, where the next thing begins an
 its choice.
 """
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import orjson
 
 from penstock.core.events import (
     BlockStatus,
+    Channel,
     Event,
     Finished,
     Text,
@@ -27,21 +28,20 @@ from penstock.core.events import (
     Withheld,
     utf8_size,
 )
+from penstock.core.json_text import ObjectEnd
+from penstock.core.schemas import Schema
+from penstock.core.tool_markup import Part, Reader, reader_of
 
-# `{"name": "x", "arguments": {` in the order that every Hermes-style template asks for.
-_HERMES_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-# Past this the head is in another order and is read whole at the end marker, not searched again per token.
-_MOST_HEAD = 2048
-# What follows the arguments is kept up to here, to judge it at the end.
-_MOST_TAIL = 2048
 _LINE_BREAKS = re.compile(r"[\r\n]+")
-_BETWEEN = re.compile(r"[ \t\r\n,:]*")
 
 
 class ToolCalls:
-    """The step. `offered` are the names the request offers; `new_id(choice, index)` names a call without an id."""
+    """The step. `offered` are the tools of the request, each with the schema of its arguments where it gave one.
 
-    def __init__(self, offered: frozenset[str], new_id: Callable[[int, int], str]) -> None:
+    `new_id(choice, index)` names a call without an id.
+    """
+
+    def __init__(self, offered: Mapping[str, Schema | None], new_id: Callable[[int, int], str]) -> None:
         self._offered = offered
         self._new_id = new_id
         self._choices: dict[int, _ChoiceCalls] = {}
@@ -87,18 +87,9 @@ class ToolCalls:
 
 class _Call:
     __slots__ = (
-        "call_id",
-        "changed",
-        "engine_id",
-        "index",
-        "name",
-        "over",
-        "pieces",
-        "problem",
-        "size",
-        "started",
-        "tokens",
-    )
+        "call_id", "changed", "doubler", "end", "engine_id", "index", "is_doubled", "is_markup", "is_whole", "name",
+        "over", "pieces", "problem", "size", "started", "surplus", "tokens",
+    )  # fmt: skip
 
     def __init__(self, call_id: str, engine_id: str | None, index: int, name: str) -> None:
         self.call_id = call_id
@@ -112,14 +103,52 @@ class _Call:
         self.started = False
         self.changed = False
         self.over = False
+        self.is_markup = False
+        self.end: ObjectEnd | None = ObjectEnd()
+        self.is_whole = False
+        self.surplus = ""  # came behind the last brace: the same again, or a fault; judged when the call ends
+        self.doubler = _Doubler()
+        self.is_doubled = False
 
     @property
     def arguments(self) -> str:
         return "".join(self.pieces)
 
 
+class _Doubler:
+    """Notices an engine that sends each chunk of a call twice.
+
+    Two signs: an engine that counts tokens with every chunk and adds none for the second of two equal ones, and an
+    engine that sent the call's first chunk twice and every one since.
+    """
+
+    __slots__ = ("_is_second_due", "_last", "_last_tokens", "_pairs", "_seen")
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._last: tuple[str | None, str] = (None, "")
+        self._last_tokens = 0
+        self._pairs = False
+        self._is_second_due = False
+
+    def is_second(self, item: ToolDelta) -> bool:
+        """Whether this is the delta before it once again."""
+        self._seen += 1
+        is_equal, self._last = (item.name, item.arguments) == self._last, (item.name, item.arguments)
+        if self._seen == 2 and item.name and is_equal:
+            self._pairs = True
+            return True
+        is_second = bool(item.arguments) and is_equal and item.tokens == 0 and self._last_tokens > 0
+        if self._pairs and self._seen > 2 and item.arguments:
+            is_second |= self._is_second_due and is_equal
+            self._pairs = is_equal or not self._is_second_due
+            self._is_second_due = not self._is_second_due
+        self._last_tokens = self._last_tokens if is_second else item.tokens
+        return is_second
+
+
 class _ChoiceCalls:
-    def __init__(self, choice: int, offered: frozenset[str], new_id: Callable[[int, int], str]) -> None:
+    def __init__(self, choice: int, offered: Mapping[str, Schema | None], new_id: Callable[[int, int], str]) -> None:
         self._choice = choice
         self._offered = offered
         self._new_id = new_id
@@ -128,14 +157,14 @@ class _ChoiceCalls:
         self._ids: set[str] = set()
         self._open: list[_Call] = []
         self._by_index: dict[int, _Call] = {}
-        self._reader: _HermesReader | _ArgumentsReader | None = None
+        self._reader: Reader | None = None
         self._markup_call: _Call | None = None
         self._in_text = False
+        self._held = 0  # UTF-8 bytes that the reader of markup has and has not passed on
 
     @property
     def longest(self) -> int:
-        held = self._reader.held if isinstance(self._reader, _HermesReader) else 0
-        return max((call.size for call in self._open), default=0) + held
+        return max((call.size for call in self._open), default=0) + self._held
 
     def delta(self, item: ToolDelta, out: list[Event]) -> None:
         call = self._by_index.get(item.index)
@@ -148,10 +177,12 @@ class _ChoiceCalls:
         if call.name and not call.started:
             self.end_complete(out)
             self._start(call, out)
-        if call.over:
+        if call.doubler.is_second(item):
+            self._drop_double(call, item.arguments, item.tokens, out)
+        elif call.over:
             self._come_too_late(call, item, out)
         elif item.arguments:
-            self._arguments(call, item.arguments, item.tokens, out)
+            self._pass_on(call, item.arguments, item.tokens, out)
         elif item.tokens:
             out.append(Withheld(self._choice, "marker", "", item.tokens))
 
@@ -160,7 +191,7 @@ class _ChoiceCalls:
             case "opened":
                 self._in_text = True
                 self.end_complete(out)
-                self._reader = _ArgumentsReader(item.name) if item.syntax == "arguments" else _HermesReader()
+                self._reader, self._held = reader_of(item.syntax, item.name, self._types_of), 0
                 self._read("", 0, out)
             case "text":
                 self._read(item.text, item.tokens, out)
@@ -173,7 +204,10 @@ class _ChoiceCalls:
             if call is self._markup_call or not call.started or not call.changed:
                 continue
             call.changed = False
-            if call.problem is None and call.arguments.strip() and _object_problem(call.arguments) is None:
+            self._settle_surplus(call, out)
+            # A delta's call is read as it comes; that of markup without an end mark is read here.
+            may_be_whole = call.is_whole or (call.is_markup and call.arguments.strip())
+            if call.problem is None and may_be_whole and _object_problem(call.arguments) is None:
                 self._end(call, None, "complete", out)
 
     def finish(self, item: Finished, out: list[Event]) -> None:
@@ -188,7 +222,7 @@ class _ChoiceCalls:
         for call in list(self._open):
             if not call.started:  # it was never told, so there is nothing to end
                 self._open.remove(call)
-                out.append(Withheld(self._choice, "marker", call.arguments, call.tokens))
+                out.append(Withheld(self._choice, "marker", call.arguments + call.surplus, call.tokens))
                 continue
             self._end(call, "the stream ended before the call did", "incomplete", out)
 
@@ -222,59 +256,128 @@ class _ChoiceCalls:
         if call.pieces:  # arguments that came before the name
             out.append(ToolArguments(self._choice, call.call_id, call.arguments, call.tokens))
 
-    def _arguments(self, call: _Call, text: str, tokens: int, out: list[Event]) -> None:
+    def _arguments(self, call: _Call, text: str, tokens: int, out: list[Event], *, added: bool = False) -> None:
         call.pieces.append(text)
         call.size += utf8_size(text)
         call.changed = True
         if call.started:
-            out.append(ToolArguments(self._choice, call.call_id, text, tokens))
+            out.append(ToolArguments(self._choice, call.call_id, text, tokens, added=added))
         else:
             call.tokens += tokens
 
+    def _pass_on(self, call: _Call, text: str, tokens: int, out: list[Event]) -> None:
+        """Passes a delta on up to the last brace; what follows that is kept back until the call ends."""
+        own = text
+        if call.is_whole:
+            own = ""
+        elif call.end is not None and (end := call.end.find(text)) is not None:
+            call.is_whole, own = True, text[:end]
+        call.surplus += text[len(own) :]
+        call.size += utf8_size(text) - utf8_size(own)
+        if own:
+            self._arguments(call, own, tokens, out)
+        elif tokens:
+            out.append(Withheld(self._choice, "marker", "", tokens))
+
+    def _drop_double(self, call: _Call, text: str, tokens: int, out: list[Event]) -> None:
+        if text or tokens:
+            out.append(Withheld(self._choice, "marker", text, tokens))
+            self._warn_of_double(call, out)
+
+    def _warn_of_double(self, call: _Call, out: list[Event]) -> None:
+        if not call.is_doubled:
+            call.is_doubled = True
+            out.append(Warned("doubled_delta", f"the engine sent parts of call {call.call_id} twice; they count once"))
+
+    def _settle_surplus(self, call: _Call, out: list[Event]) -> None:
+        """What came behind the last brace: the whole of the arguments once again is dropped, all else is theirs."""
+        surplus, call.surplus = call.surplus, ""
+        call.size -= utf8_size(surplus)
+        if surplus.strip() and surplus.strip() == call.arguments.strip():
+            self._drop_double(call, surplus, 0, out)
+        elif surplus:
+            self._arguments(call, surplus, 0, out)
+            if surplus.strip():
+                call.is_whole, call.end = False, None
+
+    def _types_of(self, name: str, parameter: str) -> list[str]:
+        schema = self._offered.get(name)
+        return schema.types_of(parameter) if schema else []
+
     def _read(self, text: str, tokens: int, out: list[Event]) -> None:
-        reader = self._reader
-        if reader is None:
+        if self._reader is None:
             return
-        markup, arguments = reader.feed(text)
-        if reader.name is not None and self._markup_call is None:
-            self._markup_call = self._new_call(None, reader.name)
-            self._start(self._markup_call, out)
-        if markup or (tokens and not arguments):
-            out.append(Withheld(self._choice, "marker", markup, 0 if arguments else tokens))
-        if arguments and self._markup_call is not None:
-            self._arguments(self._markup_call, arguments, tokens, out)
+        self._held += utf8_size(text)
+        for part in self._reader.feed(text):
+            tokens = self._take(part, tokens, out)
+        if tokens:
+            out.append(Withheld(self._choice, "marker", "", tokens))
+
+    def _take(self, part: Part, tokens: int, out: list[Event]) -> int:
+        """One part of the markup; returns the tokens left for the next: arguments and answers are what they pay for."""
+        call = self._markup_call
+        if part.kind in ("markup", "arguments", "answer"):
+            self._held = max(0, self._held - utf8_size(part.text))
+        match part.kind:
+            case "begin":
+                self.end_complete(out)
+                call = self._markup_call = self._new_call(part.call_id, part.text)
+                call.is_markup = True
+                self._start(call, out)
+            case "markup" if part.text:
+                out.append(Withheld(self._choice, "marker", part.text))
+            case "answer":
+                out.append(Text(self._choice, Channel.ANSWER, part.text, tokens))
+                return 0
+            case "end" if call is not None:
+                self._markup_call = None
+                self._end(call, part.text or None, "complete", out)
+            case "arguments" | "written" if call is not None and part.text:
+                self._arguments(call, part.text, tokens, out, added=part.kind == "written")
+                return 0
+            case _:
+                pass
+        return tokens
 
     def _close_markup(self, *, has_end_mark: bool, out: list[Event]) -> None:
         """At the end mark the call is over; without one its JSON and its choice's end decide."""
         if self._reader is None:
             return
-        reader, self._reader = self._reader, None
-        markup, arguments, call_problem = reader.close()
-        call, self._markup_call = self._markup_call, None
-        if call is None:
-            call = self._new_call(None, reader.name or "")
-            self._start(call, out)
-        if markup:
-            out.append(Withheld(self._choice, "marker", markup))
-        if arguments:
-            self._arguments(call, arguments, 0, out)
-        call.problem = call_problem
-        if has_end_mark or call_problem:
-            self._end(call, None, "complete" if has_end_mark else "incomplete", out)
+        reader, self._reader, self._held = self._reader, None, 0
+        for part in reader.close():
+            call = self._markup_call
+            if part.kind != "end" or call is None:
+                self._take(part, 0, out)
+                continue
+            self._markup_call = None
+            call.problem = part.text or None
+            if has_end_mark or call.problem:
+                self._end(call, None, "complete" if has_end_mark else "incomplete", out)
 
     def _end(self, call: _Call, problem: str | None, status: BlockStatus, out: list[Event]) -> None:
         if not call.started:
             self._start(call, out)
+        self._settle_surplus(call, out)
         self._open.remove(call)
         call.over = True
         arguments = call.arguments
-        problem = problem or call.problem or self._name_problem(call.name) or _object_problem(arguments)
+        problem = (
+            problem or call.problem or self._name_problem(call.name) or self._arguments_problem(call.name, arguments)
+        )
         if problem is None:
             self._valid += 1
             one_line = _LINE_BREAKS.sub(" ", arguments.strip()) or "{}"
             out.append(ToolReady(self._choice, call.call_id, call.name, one_line))
             status = "complete"
         out.append(ToolEnded(self._choice, call.call_id, arguments, problem is None, problem, status))
+
+    def _arguments_problem(self, name: str, arguments: str) -> str | None:
+        schema = self._offered.get(name)
+        problem = _object_problem(arguments)
+        if problem is not None or schema is None:
+            return problem
+        problem = schema.problem(_loaded(arguments))
+        return None if problem is None else f"the arguments do not fit the schema of {name!r}: {problem}"
 
     def _name_problem(self, name: str) -> str | None:
         if not name:
@@ -286,161 +389,21 @@ class _ChoiceCalls:
 
 def _object_problem(arguments: str) -> str | None:
     """Why `arguments` is not one whole JSON object, or None. No text at all counts as the empty object."""
-    if not arguments.strip():
-        return None
-    try:
-        value = orjson.loads(arguments)
-    except orjson.JSONDecodeError as error:
-        return f"the arguments are not JSON (at character {error.pos})"
+    value = _loaded(arguments)
+    if isinstance(value, _NotJson):
+        return f"the arguments are not JSON (at character {value.position})"
     return None if isinstance(value, dict) else "the arguments are not a JSON object"
 
 
-class _ArgumentsReader:
-    """The markup is nothing but the arguments; the name came with the header (Harmony)."""
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name or ""
-
-    def feed(self, text: str) -> tuple[str, str]:
-        return "", text
-
-    def close(self) -> tuple[str, str, str | None]:
-        return "", "", None
+class _NotJson:
+    def __init__(self, position: int) -> None:
+        self.position = position
 
 
-class _HermesReader:
-    """`{"name": …, "arguments": {…}}`: `feed` returns what is markup and what is arguments of each piece."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.held = 0  # UTF-8 bytes that wait for the name
-        self._pieces: list[str] = []
-        self._size = 0
-        self._tail = ""
-        self._end: _ObjectEnd | None = None
-        self._over = False
-
-    def feed(self, text: str) -> tuple[str, str]:
-        if self._over:
-            self._tail = (self._tail + text)[: _MOST_TAIL + 1]
-            return text, ""
-        if self._end is not None:
-            return self._take(self._end, text)
-        self._pieces.append(text)
-        head = "".join(self._pieces) if self._size < _MOST_HEAD else ""
-        self._size += len(text)
-        self.held += utf8_size(text)
-        found = _HERMES_HEAD.match(head, 0, _MOST_HEAD)
-        name = _json_string(found.group(1)) if found else None
-        if found is None or name is None:
-            return "", ""
-        self.name = name
-        self.held = 0
-        self._end = _ObjectEnd()
-        markup, arguments = self._take(self._end, head[found.end() :])
-        return found.group() + markup, arguments
-
-    def close(self) -> tuple[str, str, str | None]:
-        """What was still held, as markup and arguments, and what is wrong with the call, if anything."""
-        if self._end is None:
-            return self._read_whole()
-        is_closed = self._over and _closes_the_call(self._tail)
-        return "", "", None if is_closed else "the call is not one closed JSON object"
-
-    def _take(self, end: "_ObjectEnd", text: str) -> tuple[str, str]:
-        stop = end.find(text)
-        if stop is None:
-            return "", text
-        self._over = True
-        self._tail = text[stop:][: _MOST_TAIL + 1]
-        return text[stop:], text[:stop]
-
-    def _read_whole(self) -> tuple[str, str, str | None]:
-        """A call in another order than the usual one, or none at all; then all of it is shown as its arguments."""
-        text = "".join(self._pieces)
-        found = _split_call(text)
-        if found is None:
-            return "", text, "the call is not a JSON object with a name and arguments"
-        self.name, markup, arguments = found
-        return markup, arguments, None
-
-
-def _json_string(text: str) -> str | None:
+def _loaded(arguments: str) -> Any:
+    if not arguments.strip():
+        return {}
     try:
-        return str(orjson.loads(text))
-    except orjson.JSONDecodeError:
-        return None
-
-
-def _closes_the_call(tail: str) -> bool:
-    """Whether `tail`, right behind the arguments, ends the call's object; other keys may come before its end."""
-    try:
-        rest = orjson.loads('{"":0' + tail) if len(tail) <= _MOST_TAIL else None
-    except orjson.JSONDecodeError:
-        return False
-    return isinstance(rest, dict) and not rest.keys() & {"name", "arguments", "parameters"}
-
-
-def _split_call(text: str) -> tuple[str, str, str] | None:
-    """Name, markup and raw arguments of a call whose keys come in any order, or None."""
-    try:
-        call = orjson.loads(text)
-        spans = _value_spans(text) if isinstance(call, dict) else {}
-    except (ValueError, RecursionError):  # also a number of more digits than Python reads
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    start, end = spans.get("arguments") or spans.get("parameters") or (len(text), len(text))
-    return call["name"], text[:start] + text[end:], text[start:end]
-
-
-def _value_spans(text: str) -> dict[str, tuple[int, int]]:
-    """Where each value of the (valid) JSON object `text` stands."""
-    decoder, spans = json.JSONDecoder(strict=False), {}
-    position = _skip(text, text.index("{") + 1)
-    while text[position] != "}":
-        key, position = decoder.raw_decode(text, position)
-        start = _skip(text, position)
-        _, end = decoder.raw_decode(text, start)
-        spans[key] = (start, end)
-        position = _skip(text, end)
-    return spans
-
-
-def _skip(text: str, position: int) -> int:
-    """The next position that is neither space nor a separator of JSON."""
-    found = _BETWEEN.match(text, position)
-    return found.end() if found else position
-
-
-class _ObjectEnd:
-    """Finds where a JSON object ends in text that comes in pieces. Each character is looked at once."""
-
-    _OUTSIDE = re.compile(r'["{}\[\]]')
-    _INSIDE = re.compile(r'["\\]')
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def find(self, text: str) -> int | None:
-        """The position right after the object's last brace, or None while it is open."""
-        position = 0
-        if self._escaped and text:
-            self._escaped, position = False, 1
-        while found := (self._INSIDE if self._in_string else self._OUTSIDE).search(text, position):
-            position = found.end()
-            match found.group():
-                case '"':
-                    self._in_string = not self._in_string
-                case "\\":
-                    self._escaped = position == len(text)
-                    position += 1
-                case "{" | "[":
-                    self._depth += 1
-                case _:
-                    self._depth -= 1
-                    if self._depth == 0:
-                        return position
-        return None
+        return orjson.loads(arguments)
+    except orjson.JSONDecodeError as error:
+        return _NotJson(error.pos)
