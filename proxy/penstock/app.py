@@ -15,6 +15,7 @@ from penstock.settings import Settings
 from penstock.shell.auth import Gatekeeper
 from penstock.shell.cluster import Cluster
 from penstock.shell.server import Server
+from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.telemetry import Telemetry
 
 _log = logging.getLogger("penstock")
@@ -34,7 +35,9 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         stack.push_async_callback(asyncio.to_thread, telemetry.close)
         cluster = Cluster(settings)
         stack.push_async_callback(cluster.close)
-        server = Server(settings, gatekeeper, cluster, telemetry)
+        store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
+        stack.push_async_callback(store.close)
+        server = Server(settings, gatekeeper, cluster, telemetry, store)
         watching = asyncio.create_task(gatekeeper.watch())
         stack.callback(watching.cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.

@@ -177,6 +177,16 @@ class Limits(_Part):
     )
 
 
+class StoreSettings(_Part):
+    retention_seconds: float = Field(
+        300, ge=0, description="how long a stream can be resumed after its last event; 0 keeps no log at all"
+    )
+    linger_seconds: float = Field(
+        60, ge=0, description="how long a stream that lingers goes on while nobody reads it, before it is cancelled"
+    )
+    memory_bytes: int = Field(256 * 2**20, ge=2**16, description="bytes of logs that this process keeps")
+
+
 class Timing(_Part):
     request_seconds: float = Field(60, gt=0, description="time that a request's body may take to come in")
     connect_seconds: float = Field(5, gt=0, description="time for a connection to the engine")
@@ -196,6 +206,7 @@ class Settings(_Part):
     limits: Limits = Field(Limits(), description="caps, in bytes and seconds")
     timing: Timing = Field(Timing(), description="times, in seconds")
     routing: Routing = Field(Routing(), description="which of several engines answers")
+    store: StoreSettings = Field(StoreSettings(), description="the logs that streams are resumed from")
 
     @model_validator(mode="after")
     def _never_an_open_relay(self) -> "Settings":

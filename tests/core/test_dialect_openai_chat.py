@@ -43,7 +43,7 @@ SIZES = dict.fromkeys(("generated", "added", "delivered", "marker", "hidden", "s
 END = StreamEnded("completed", ["stop"], 9, 30, 5)
 FAILED = Failed("engine_gone", "gone", retryable=True, origin="upstream")
 CANCELLED = {
-    "message": "the stream was cancelled by a DELETE of its id",
+    "message": "the stream was cancelled, by a DELETE of its id or because its client left",
     "type": "invalid_request_error",
     "param": None,
     "code": "cancelled",

@@ -59,7 +59,7 @@ def test_a_body_that_is_no_request(data: bytes, code: str, param: str | None, me
     [
         ([], "penstock", "must be an object"),
         (None, "penstock", "must be an object"),
-        ({"stops": ["x"]}, "penstock.stops", "the options are family, include_stop, reasoning, stop"),
+        ({"stops": ["x"]}, "penstock.stops", "the options are family, include_stop, on_disconnect, reasoning, stop"),
         ({"reasoning": "shown"}, "penstock.reasoning", "is 'shown'; it must be one of separate, hide, inline"),
         ({"reasoning": []}, "penstock.reasoning", "it must be one of separate, hide, inline"),
         ({"family": 5}, "penstock.family", "must be the name of a model family"),
@@ -195,6 +195,7 @@ def test_a_bare_request() -> None:
         spaces_between_special_tokens=True,
         wants_token_ids=False,
         shows_stop_token=False,
+        on_disconnect=None,
         needs_engine_text=None,
     )
 

@@ -79,6 +79,7 @@ EXPECTED: Mapping[str, str] = {
     "folded": '"text":"Hello! How can I help you today?"',
     "chat_stream": "data: [DONE]",
     "cancel": '"status":"cancelled"',
+    "resume": "event: stream.end",
     "models": '"id":"tiny"',
     "schema": '"title": "Penstock event, schema 1.0"',
 }

@@ -5,5 +5,5 @@ order: `engine_stream` (with `sse` and `characters`) or `tagged_stream` (with `f
 (with `families` and `markers`), `stop_strings`, `tool_calls` (with `tool_markup`, `json_text` and `schemas`),
 `moderation`, `accounting`, `blocks`, and a dialect of `dialects/`. `events` travel between the steps; `signals` come
 from the shell and `commands` go to it; `errors` says whose fault it was. `verifier` judges an event log, `fold` adds
-one up, `recording` reads replays.
+one up, `resuming` finds a cursor in one, `recording` reads replays.
 """

@@ -25,14 +25,17 @@ class Ending(Enum):
 
 @dataclass(slots=True)
 class OpenClient:
-    """Send the head of a streamed answer, 200, with these first bytes."""
+    """Send the head of a streamed answer, 200, with these first bytes, which are no event."""
 
     data: bytes
 
 
 @dataclass(slots=True)
 class SendToClient:
+    """Send these bytes. `seq` is the number of the last event in them, 0 where they are none (a heartbeat)."""
+
     data: bytes
+    seq: int = 0
 
 
 @dataclass(slots=True)

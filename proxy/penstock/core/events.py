@@ -52,6 +52,7 @@ class StreamStarted:
     engine_id: str | None = None
     created: int | None = None
     whole: Ext | None = None
+    resumable_until: int | None = None
 
 
 @dataclass(slots=True)

@@ -110,6 +110,8 @@ class Setting:
     epoch_ms: int
     tagged: TaggedReader | None = None
     """Reads the plugin's records, where the engine sends those instead of its own chunks."""
+    resumable_until: int | None = None
+    """Unix milliseconds until which the log is kept at least; None where there is no log."""
 
 
 class _Phase(Enum):
@@ -189,7 +191,7 @@ class Exchange:
             case ClockTicked():
                 return self._tick(signal.now)
             case ClientLeft():
-                return self._leave(signal.now)
+                return self._leave(Ending.CLIENT_GONE, signal.now)
             case ClientLagged():
                 return self._fail(Ending.CLIENT_TOO_SLOW, self._lag(), signal.now)
             case Cancelled():
@@ -267,6 +269,7 @@ class Exchange:
             engine_id=opened.engine_id or f"chatcmpl-{self._setting.stream_id}",
             created=opened.created,
             whole=opened.whole,
+            resumable_until=self._setting.resumable_until,
         )
         if opened.state is not None:
             self._channels.begin_in(opened.state)
@@ -292,8 +295,8 @@ class Exchange:
         self._last_write = now
         if self._phase is _Phase.WAITING:
             self._phase = _Phase.OPEN
-            return [OpenClient(self._dialect.preamble + data)]
-        return [SendToClient(data)]
+            return [OpenClient(self._dialect.preamble), SendToClient(data, self._seq)]
+        return [SendToClient(data, self._seq)]
 
     def _spell(self, items: list[Event], now: float) -> bytes:
         """Numbers each event and encodes it, once; what one read brought is one write."""
@@ -417,11 +420,14 @@ class Exchange:
         ending, problem = self._gave_up or (Ending.ENGINE_GONE, signal.problem)
         return self._fail(ending, problem, signal.now)
 
-    def _leave(self, now: float) -> list[Command]:
+    def _leave(self, ending: Ending, now: float) -> list[Command]:
+        """Nobody reads any more. What is said to nobody goes into the log, so that whoever comes back learns of it."""
+        if self._phase is _Phase.OPEN:
+            return self._end(ending, None, now)
         self._phase = _Phase.OVER
         unsent = size_of(self._let_go())
         usage = self._accounting.usage(final=True, cancelled=True)
-        return [AbortEngine(), self._record(Ending.CLIENT_GONE, usage, None, now, unsent), Close()]
+        return [AbortEngine(), self._record(ending, usage, None, now, unsent), Close()]
 
     def _has_finished(self) -> bool:
         return all(map(self._blocks.is_finished, range(self._request.choices)))
@@ -463,7 +469,7 @@ class Exchange:
         self, events: list[Event], ending: Ending, status: StreamStatus, failure: Failed | None, now: float
     ) -> list[Command]:
         """The last words of every stream: its final usage and its end."""
-        usage = self._accounting.usage(final=True, cancelled=ending is Ending.CANCELLED)
+        usage = self._accounting.usage(final=True, cancelled=failure is None and status == "cancelled")
         started = self._setting.started
         ttft = None if self._first_text is None else int((self._first_text - started) * 1000)
         # Counted before spelling: the start may still have to be told, `usage` and `stream.end` are the last two.

@@ -6,7 +6,7 @@ The request passes to the engine unchanged but for what Penstock must add; vLLM 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import orjson
 
@@ -37,7 +37,9 @@ _CHANGES_WHAT_IS_TOLD = ("parallel_tool_calls", "include_reasoning", "add_genera
 # A frame has one byte for the choice.
 _MOST_TAGGED_CHOICES = 256
 
-_OPTIONS = ("family", "include_stop", "reasoning", "stop")
+OnDisconnect = Literal["cancel", "linger"]
+
+_OPTIONS = ("family", "include_stop", "on_disconnect", "reasoning", "stop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class StreamRequest:
     wants_token_ids: bool
     shows_stop_token: bool
     """Whether the token that ends a choice is part of its text."""
+    on_disconnect: OnDisconnect | None
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
@@ -118,6 +121,7 @@ def read_request(
         spaces_between_special_tokens=request.get("spaces_between_special_tokens") is not False,
         wants_token_ids=request.get("return_token_ids") is True,
         shows_stop_token=request.get("include_stop_str_in_output") is True,
+        on_disconnect=options.get("on_disconnect"),
         needs_engine_text=_needs_engine_text(request),
     )
 
@@ -153,6 +157,8 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
             raise _wrong(name, f"is not an option of this version; the options are {known}")
         if name == "reasoning" and value not in get_args(ReasoningPolicy):
             raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(ReasoningPolicy))}")
+        if name == "on_disconnect" and value not in get_args(OnDisconnect):
+            raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(OnDisconnect))}")
         if name == "family" and not isinstance(value, str):
             raise _wrong(name, "must be the name of a model family")
         if name == "include_stop" and not isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 `server` has the routes and makes an exchange for each request that `admission` has room for; `driver` carries one
 exchange between `engine` (the connection to vLLM) and `client` (the connection to the caller). `cluster` chooses the
-engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. `auth` knows the keys and
-lets callers in, `telemetry` knows the traces, `replay` is the mock engine.
+engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. Between driver and client
+stands `streams`: every event goes into a log of `stores/` before it is sent, and `resume` answers from logs. `auth`
+knows the keys and lets callers in, `telemetry` knows the traces, `replay` is the mock engine.
 """

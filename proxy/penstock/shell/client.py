@@ -32,6 +32,15 @@ class ClientConnection:
         """What the handler returns once the answer is over."""
         return self._response
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `send_now` would send; raises `ClientGone` where nobody is there."""
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ClientGone
+        # aiohttp holds the head back until the first write of its own, so that write is `send`'s.
+        return self._writer is not None and self._head_is_out and transport.get_write_buffer_size() <= _HIGH_WATER
+
     async def open(self, content_type: str) -> None:
         """Sends the head of a streamed answer."""
         self._response = web.StreamResponse(headers={**_STREAM_HEADERS, **self._headers, "Content-Type": content_type})
@@ -41,19 +50,15 @@ class ClientConnection:
         except (ClientConnectionResetError, ConnectionError) as error:
             raise ClientGone from error
 
-    def send_now(self, data: bytes) -> bool:
-        """Hands `data` to the socket without waiting; False, and nothing is sent, while too much waits there.
+    def send_now(self, data: bytes) -> None:
+        """Hands `data` to the socket without waiting, where it `has_room`.
 
         Costs a fifth of `send`: no coroutine is made, and the chunk is one write to the transport.
         """
-        transport = self._request.transport
-        if transport is None or transport.is_closing():
+        transport, writer = self._request.transport, self._writer
+        if transport is None or writer is None:
             raise ClientGone
-        # aiohttp holds the head back until the first write of its own, so that write is `send`'s.
-        if self._writer is None or not self._head_is_out or transport.get_write_buffer_size() > _HIGH_WATER:
-            return False
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._writer.chunked else data)
-        return True
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if writer.chunked else data)
 
     async def send(self, data: bytes) -> None:
         if self._response is None:

@@ -21,8 +21,9 @@ from penstock.core.commands import (
 from penstock.core.errors import EngineError
 from penstock.core.exchange import Exchange
 from penstock.core.signals import Broke, ClientLagged, ClientLeft, ClockTicked, EngineClosed, Signal
-from penstock.shell.client import ClientConnection, ClientGone
+from penstock.shell.client import ClientGone
 from penstock.shell.sources import Source
+from penstock.shell.streams import Outlet
 
 _log = logging.getLogger("penstock")
 
@@ -35,7 +36,7 @@ class Driver:
     def __init__(
         self,
         exchange: Exchange,
-        client: ClientConnection,
+        client: Outlet,
         source: Source,
         *,
         stream_id: str,
@@ -65,8 +66,12 @@ class Driver:
     def is_over(self) -> bool:
         return self._exchange.is_over
 
+    def leave(self) -> None:
+        """Nobody reads the stream and nobody is waited for: the engine is aborted, and `run` ends soon."""
+        self._client_left()
+
     async def run(self) -> None:
-        """Until the answer is over and told. If the caller leaves, this task is cancelled: the engine is aborted."""
+        """Until the answer is over and told."""
         self._conversation = asyncio.create_task(self._converse())
         try:
             await asyncio.wait({self._conversation})
@@ -118,7 +123,10 @@ class Driver:
         await self._closed.wait()
 
     def _sent_at_once(self, commands: list[Command]) -> bool:
-        return len(commands) == 1 and isinstance(commands[0], SendToClient) and self._client.send_now(commands[0].data)
+        if len(commands) != 1:
+            return False
+        command = commands[0]
+        return isinstance(command, SendToClient) and self._client.send_now(command.data, command.seq)
 
     def _keep(self, commands: list[Command]) -> None:
         """Acts, and puts the writes behind those that wait; a client that lets more wait than its cap is cut off."""
@@ -189,24 +197,25 @@ class Driver:
 
     async def _write(self, writes: list[_Write]) -> None:
         """The bytes of one list are one write, so that those of no other list get between."""
-        data, whole, closing = b"", None, False
+        before, data, seq, whole, closing = b"", b"", 0, None, False
         for write in writes:
             match write:
+                case SendToClient(seq=0) | OpenClient():
+                    if isinstance(write, OpenClient):
+                        await self._client.open(self._exchange.content_type)
+                    before += write.data
                 case SendToClient():
-                    data += write.data
-                case OpenClient():
-                    await self._client.open(self._exchange.content_type)
-                    data += write.data
+                    data, seq = data + write.data, write.seq
                 case Respond():
                     whole = write
                 case Close():
                     closing = True
         if closing:
-            await self._close(data, whole)
-        elif data:
-            await self._client.send(data)
+            await self._close(before, data, seq, whole)
+        elif data or before:
+            await self._client.send(data, seq, before)
 
-    async def _close(self, data: bytes, whole: Respond | None) -> None:
+    async def _close(self, before: bytes, data: bytes, seq: int, whole: Respond | None) -> None:
         """The last bytes, within the time that a caller gets to take them; then the connection is dropped."""
         try:
             async with asyncio.timeout(self._closing_seconds):
@@ -214,7 +223,7 @@ class Driver:
                     await self._client.respond(whole.status, whole.body, "application/json", whole.headers)
                     return
                 if data:
-                    await self._client.send(data)
+                    await self._client.send(data, seq, before)
                 await self._client.finish()
         except TimeoutError:
             self._client.abort()
@@ -251,11 +260,13 @@ class Driver:
             self._break()
 
     def _client_left(self) -> None:
-        """Nobody is there to be told; the engine is stopped and the bill is written."""
-        for command in self._exchange.receive(ClientLeft(self._loop.time())):
-            if isinstance(command, RecordUsage):
-                self._record(command)
+        """Nobody is there to be told but the log; the engine is stopped and the bill is written."""
+        waiting = [write for writes in self._inbox for write in writes]
         self._inbox.clear()
+        for write in waiting + self._act(self._exchange.receive(ClientLeft(self._loop.time()))):
+            if isinstance(write, SendToClient):
+                self._client.keep(write.data, write.seq)
+        self._client.end()
         self._source.abort()
         self._closed.set()
         if self._conversation is not None and self._conversation is not asyncio.current_task():

@@ -6,18 +6,16 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import resources
 
 from aiohttp import hdrs, web
 
 from penstock.core.commands import RecordUsage
-from penstock.core.dialects import Dialect, native, openai_chat
+from penstock.core.dialects import Dialect, Form, native, openai_chat
 from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import Family, choose_family
 from penstock.core.request import StreamRequest, read_request
-from penstock.core.signals import Cancelled, Draining
 from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
@@ -26,11 +24,15 @@ from penstock.shell.client import ClientConnection
 from penstock.shell.cluster import Cluster, Wish, no_engine
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
+from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, TaggedAnswer
+from penstock.shell.stores.log import Claim, Store
+from penstock.shell.streams import LiveStream, Streams
 from penstock.shell.telemetry import StreamTrace, Telemetry
 
 _log = logging.getLogger("penstock")
 
+_MOST_CURSOR_BYTES = 1024
 CHAT = "/v1/chat/completions"
 STREAMS = "/v1/streams"
 MODELS = "/v1/models"
@@ -44,25 +46,21 @@ _SCHEMA = resources.files("penstock.core").joinpath("schema-1.0.json").read_byte
 RunningUsage = Callable[[int], tuple[int, int]]
 
 
-@dataclass(slots=True)
-class _OpenStream:
-    principal: str
-    driver: Driver
-
-
 class Server:
     """All routes over the engines. `drain` before closing: it waits for open streams and ends the rest."""
 
-    def __init__(self, settings: Settings, gatekeeper: Gatekeeper, cluster: Cluster, telemetry: Telemetry) -> None:
+    def __init__(
+        self, settings: Settings, gatekeeper: Gatekeeper, cluster: Cluster, telemetry: Telemetry, store: Store
+    ) -> None:
         self._settings = settings
         self._gatekeeper = gatekeeper
         self.cluster = cluster
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
         self._admission = Admission(settings.limits)
-        self._streams: dict[str, _OpenStream] = {}
-        self._all_closed = asyncio.Event()
-        self._all_closed.set()
+        self._store = store
+        self._streams = Streams()
+        self._resume = Resume(settings, self._streams, store)
         self._draining = False
 
     def application(self) -> web.Application:
@@ -70,6 +68,9 @@ class Server:
         app.add_routes(
             [
                 web.post(STREAMS, self._native),
+                web.get(STREAMS + "/{id}", self._snapshot),
+                web.get(STREAMS + "/{id}/events", self._events),
+                web.post(STREAMS + "/{id}/resume", self._resumed),
                 web.delete(STREAMS + "/{id}", self._cancel),
                 web.post(CHAT, self._openai_chat),
                 web.get(MODELS, self._models),
@@ -87,32 +88,33 @@ class Server:
     async def drain(self) -> None:
         """Refuses new streams, gives open ones `timing.drain_seconds`, then ends the rest with an error event."""
         self._draining = True
-        try:
-            async with asyncio.timeout(self._settings.timing.drain_seconds):
-                await self._all_closed.wait()
-        except TimeoutError:
-            _log.warning("drain time is over: ending %d open streams", len(self._streams))
-            now = asyncio.get_running_loop().time()
-            await asyncio.gather(*(stream.driver.tell(Draining(now)) for stream in list(self._streams.values())))
-            await self._all_closed.wait()
+        await self._streams.drain(self._settings.timing.drain_seconds)
 
     # -- streams -----------------------------------------------------------------------------------
 
     async def _native(self, http: web.Request) -> web.StreamResponse:
         kind = _accepted(http.headers.get(hdrs.ACCEPT, ""))
-        return await self._serve(http, STREAMS, lambda stream_id, _request, _usage: kind(stream_id), streams=True)
+
+        def spell(stream_id: str, _request: StreamRequest, _usage: RunningUsage) -> Dialect:
+            return kind(stream_id)
+
+        return await self._serve(http, STREAMS, spell, lambda _: kind, streams=True)
 
     async def _openai_chat(self, http: web.Request) -> web.StreamResponse:
         def spell(_stream_id: str, request: StreamRequest, usage: RunningUsage) -> Dialect:
             return openai_chat.ChatStream(request, usage) if request.streams else openai_chat.ChatWhole()
 
-        return await self._serve(http, CHAT, spell, streams=None)
+        def kind(request: StreamRequest) -> type[Dialect]:
+            return openai_chat.ChatStream if request.streams else openai_chat.ChatWhole
+
+        return await self._serve(http, CHAT, spell, kind, streams=None)
 
     async def _serve(
         self,
         http: web.Request,
         route: str,
         spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
+        kind: Callable[[StreamRequest], type[Dialect]],
         *,
         streams: bool | None,
     ) -> web.StreamResponse:
@@ -122,27 +124,43 @@ class Server:
             try:
                 self._refuse_if_draining()
                 place = entered.enter_context(self._admission.entered(caller_of(http)))
-                request = await self._read(http, streams, place)
+                request, terms = await self._read(http, streams, place)
                 caller = _allowed(http, request)
                 family = self._family(request)
+                log = await self._resume.open_log(caller.name, stream_id, kind(request), terms)
             except Problem as problem:
                 trace.refuse(problem.code, problem.status)
                 raise
             except asyncio.CancelledError:
                 trace.refuse("client_gone", _CLIENT_GONE)
                 raise
-            return await self._answer(http, stream_id, trace, caller, request, family, spell)
+            if isinstance(log, Claim):
+                trace.fetch(log.stream_id)
+                return await self._resume.rejoin(http, log, terms, kind(request).form)
+            client = ClientConnection(http, self._resume.headers(stream_id, log))
+            stream = LiveStream(stream_id, caller.name, client, log, self._resume.lingering(terms))
+            try:
+                driver = self._drive(http, stream, trace, request, family, spell)
+            except Exception:
+                stream.outlet.end()
+                raise
+            # What is counted for the stream is counted until it is over, which may be long after its client left.
+            await self._streams.carry(stream, driver, entered.pop_all())
+        if client.response is None:
+            raise ConnectionResetError("the client left before the answer began")
+        return client.response
 
-    async def _answer(
+    def _drive(
         self,
         http: web.Request,
-        stream_id: str,
+        stream: LiveStream,
         trace: StreamTrace,
-        caller: Caller,
         request: StreamRequest,
         family: Family,
         spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
-    ) -> web.StreamResponse:
+    ) -> Driver:
+        stream_id = stream.stream_id
+
         def ask(engine: Engine) -> tuple[TaggedReader | None, Answer]:
             headers = self._engine_headers(http, trace, request, stream_id, engine)
             return self._ask(engine, stream_id, family, request, headers)
@@ -150,30 +168,15 @@ class Server:
         source = ClusterAnswer(self.cluster, Wish(request.model), ask, self._settings.routing.retries)
         setting = self._setting(stream_id, family, request, trace)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
-        client = ClientConnection(http, {"X-Stream-Id": stream_id, "X-Stream-Schema": native.SCHEMA_VERSION})
-        driver = Driver(
+        return Driver(
             exchange,
-            client,
+            stream.outlet,
             source,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             buffer_bytes=self._settings.limits.buffer_bytes,
-            record=lambda record: self._record(stream_id, caller.name, trace, record),
+            record=lambda record: self._record(stream_id, stream.principal, trace, record),
         )
-        await self._run(_OpenStream(caller.name, driver), stream_id)
-        if client.response is None:
-            raise ConnectionResetError("the client left before the answer began")
-        return client.response
-
-    async def _run(self, stream: _OpenStream, stream_id: str) -> None:
-        self._streams[stream_id] = stream
-        self._all_closed.clear()
-        try:
-            await stream.driver.run()
-        finally:
-            del self._streams[stream_id]
-            if not self._streams:
-                self._all_closed.set()
 
     def _engine_headers(
         self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str, engine: Engine
@@ -209,16 +212,17 @@ class Server:
             message = "this replica is shutting down; send the request again, it reaches another one"
             raise Overloaded("draining", message, headers={**RETRY, "Connection": "close"})
 
-    async def _read(self, http: web.Request, streams: bool | None, place: Place) -> StreamRequest:
+    async def _read(self, http: web.Request, streams: bool | None, place: Place) -> tuple[StreamRequest, Terms]:
         limits, timing = self._settings.limits, self._settings.timing
         upstream = self._settings.upstreams[0]  # the settings see to it that all agree on how they are asked
         body = await read_body(http, limits.request_bytes, timing.request_seconds, place)
-        return read_request(
+        request = read_request(
             body,
             streams=streams,
             running_usage=upstream.running_usage,
             engine_parses_tools=upstream.parses_tools,
         )
+        return request, read_terms(http, body, request.on_disconnect)
 
     def _family(self, request: StreamRequest) -> Family:
         family = choose_family(self._families, request.model, request.family)
@@ -254,7 +258,13 @@ class Server:
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
+            resumable_until=self._resumable_until(),
         )
+
+    def _resumable_until(self) -> int | None:
+        """Each event moves it on; this is what holds from the first."""
+        seconds = self._settings.store.retention_seconds
+        return int((time.time() + seconds) * 1000) if seconds else None
 
     def _record(self, stream_id: str, principal: str, trace: StreamTrace, record: RecordUsage) -> None:
         trace.finish(record)
@@ -273,10 +283,20 @@ class Server:
 
     async def _cancel(self, http: web.Request) -> web.Response:
         """Idempotent: a stream that is over, or never was, is as cancelled as it will ever be."""
-        stream = self._streams.get(http.match_info["id"])
-        if stream is not None and stream.principal == caller_of(http).name:
-            await stream.driver.tell(Cancelled(asyncio.get_running_loop().time()))
+        await self._streams.cancel(http.match_info["id"], caller_of(http).name)
         return web.Response(status=204)
+
+    async def _snapshot(self, http: web.Request) -> web.StreamResponse:
+        return await self._resume.snapshot(http, caller_of(http).name)
+
+    async def _events(self, http: web.Request) -> web.StreamResponse:
+        with self._admission.entered(caller_of(http)):
+            return await self._resume.events(http, caller_of(http).name, _resumed_form(http))
+
+    async def _resumed(self, http: web.Request) -> web.StreamResponse:
+        with self._admission.entered(caller_of(http)) as place:
+            body = await read_body(http, _MOST_CURSOR_BYTES, self._settings.timing.request_seconds, place)
+            return await self._resume.resume(http, caller_of(http).name, _resumed_form(http), body)
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -350,7 +370,16 @@ def _allowed(http: web.Request, request: StreamRequest) -> Caller:
     return caller
 
 
-_NATIVE_KINDS: dict[str, Callable[[str], Dialect]] = {
+def _resumed_form(http: web.Request) -> Form:
+    form = _accepted(http.headers.get(hdrs.ACCEPT, "")).form
+    if form is Form.WHOLE:
+        message = "events are served as text/event-stream or application/x-ndjson; GET the stream itself for one object"
+        raise CallerError("not_acceptable", message, status=406)
+    return form
+
+
+_Kind = type[native.NativeSse] | type[native.NativeNdjson] | type[native.NativeFolded]
+_NATIVE_KINDS: dict[str, _Kind] = {
     "text/event-stream": native.NativeSse,
     "application/x-ndjson": native.NativeNdjson,
     "application/json": native.NativeFolded,
@@ -358,7 +387,7 @@ _NATIVE_KINDS: dict[str, Callable[[str], Dialect]] = {
 _ANY = {"*/*": "text/event-stream", "text/*": "text/event-stream", "application/*": "application/json"}
 
 
-def _accepted(accept: str) -> Callable[[str], Dialect]:
+def _accepted(accept: str) -> _Kind:
     """The form that the caller likes best (RFC 9110 quality values); raises `CallerError` (406) if there is none."""
     wishes: list[tuple[float, int, str]] = []
     for position, part in enumerate(accept.split(",") if accept.strip() else ["*/*"]):

@@ -102,6 +102,11 @@ class StreamTrace:
         self._server.set_attribute("penstock.ending", record.ending.value)
         self._settle(self._server, record)
 
+    def fetch(self, stream_id: str) -> None:
+        """Ends the server span of a request that is answered from the log of another one."""
+        self._server.set_attributes({"gen_ai.operation.name": "fetch_response", "penstock.replay.of": stream_id})
+        self._server.end()
+
     def refuse(self, code: str, status: int) -> None:
         """Ends the server span of a request that never became a stream. The caller's faults are no errors of ours."""
         self._server.set_attributes({"error.type": code, "http.response.status_code": status})

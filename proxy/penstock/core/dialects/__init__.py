@@ -4,15 +4,26 @@ A dialect is chosen per request and lives as long as its stream. `Dialect` is wh
 """
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 from penstock.core.errors import Problem
 from penstock.core.events import ClientEvent
 
 
+class Form(Enum):
+    """What the log of a stream is made of, which decides where it can be taken up again."""
+
+    SSE = "sse"
+    NDJSON = "ndjson"
+    FOREIGN = "foreign"  # its clients break when they start in the middle: replayed from the start only
+    WHOLE = "whole"  # one body at the end
+
+
 class Dialect(Protocol):
     """Spells one stream. `streams` is False where the client gets one whole body at the end."""
 
+    form: ClassVar[Form]
     streams: ClassVar[bool]
     content_type: ClassVar[str]
     preamble: ClassVar[bytes]

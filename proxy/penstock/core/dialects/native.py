@@ -5,7 +5,7 @@ from typing import Any, ClassVar, assert_never
 import orjson
 
 from penstock.core import sse
-from penstock.core.dialects import Ext
+from penstock.core.dialects import Ext, Form
 from penstock.core.errors import Problem
 from penstock.core.events import (
     BlockEnded,
@@ -139,7 +139,7 @@ def _start(event: StreamStarted) -> tuple[str, dict[str, Any]]:
         "choices": event.choices,
         "upstream": event.upstream,
         "trace_id": event.trace_id,
-        "resumable_until": None,
+        "resumable_until": event.resumable_until,
     }
 
 
@@ -192,6 +192,7 @@ def refusal(problem: Problem) -> bytes:
 class NativeSse:
     """One frame an event: `event:` is the type, `id:` is `<stream_id>:<seq>`."""
 
+    form: ClassVar[Form] = Form.SSE
     streams: ClassVar[bool] = True
     content_type: ClassVar[str] = "text/event-stream; charset=utf-8"
     preamble: ClassVar[bytes] = b": ok\n\n"
@@ -215,6 +216,7 @@ class NativeSse:
 class NativeNdjson:
     """One line an event; an empty line is the heartbeat, as NDJSON readers skip it."""
 
+    form: ClassVar[Form] = Form.NDJSON
     streams: ClassVar[bool] = True
     content_type: ClassVar[str] = "application/x-ndjson; charset=utf-8"
     preamble: ClassVar[bytes] = b"\n"
@@ -236,6 +238,7 @@ class NativeNdjson:
 class NativeFolded:
     """One JSON object with what all events add up to."""
 
+    form: ClassVar[Form] = Form.WHOLE
     streams: ClassVar[bool] = False
     content_type: ClassVar[str] = "application/json"
     preamble: ClassVar[bytes] = b""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, assert_never
 
 import orjson
 
-from penstock.core.dialects import Ext
+from penstock.core.dialects import Ext, Form
 from penstock.core.errors import Problem
 from penstock.core.events import (
     BlockEnded,
@@ -34,7 +34,7 @@ _ERROR_TYPES = {
     "policy": "policy_error",
 }
 _DONE = b"data: [DONE]\n\n"
-_CANCELLED = "the stream was cancelled by a DELETE of its id"
+_CANCELLED = "the stream was cancelled, by a DELETE of its id or because its client left"
 
 
 def refusal(problem: Problem) -> bytes:
@@ -56,6 +56,7 @@ def _finish_reason(event: Finished) -> str | None:
 class ChatStream:
     """`chat.completion.chunk` objects. `running_usage` gives prompt and completion tokens so far of a choice."""
 
+    form: ClassVar[Form] = Form.FOREIGN
     streams: ClassVar[bool] = True
     content_type: ClassVar[str] = "text/event-stream; charset=utf-8"
     preamble: ClassVar[bytes] = b": ok\n\n"
@@ -204,6 +205,7 @@ class ChatStream:
 class ChatWhole:
     """One `chat.completion`: the engine's own answer with the fields replaced that the steps have changed."""
 
+    form: ClassVar[Form] = Form.WHOLE
     streams: ClassVar[bool] = False
     content_type: ClassVar[str] = "application/json"
     preamble: ClassVar[bytes] = b""

@@ -1,0 +1,180 @@
+"""The log of one stream, and what a store must do that keeps many."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.core.dialects import Form
+
+# What an entry costs beside its bytes: the bytes object's head, the entry and its place in the list (measured 110).
+ENTRY_OVERHEAD = 128
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What is known of a stream from its start. `started_ms` is Unix time."""
+
+    stream_id: str
+    principal: str
+    form: Form
+    content_type: str
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A caller's idempotency key, the digest of the request it came with and the stream that answers it."""
+
+    principal: str
+    key: str
+    digest: str
+    stream_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An answer that was not streamed."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Entry:
+    """What one write brought. `last` is the number of its last event; it starts behind the entry before it."""
+
+    last: int
+    data: bytes
+
+
+class Evicted(Exception):
+    """The log no longer goes back to the cursor; it starts at event `earliest`."""
+
+    def __init__(self, earliest: int) -> None:
+        super().__init__(f"the log starts at event {earliest}")
+        self.earliest = earliest
+
+
+class StreamLog:
+    """The bytes of one stream, in order. Written by one, read by any number, each at its own cursor."""
+
+    def __init__(self, info: StreamInfo, owner: "LogOwner") -> None:
+        self.info = info
+        self.is_open = False  # the head went out, or an answer is there
+        self.is_over = False
+        self.whole: Whole | None = None
+        self.earliest = 1
+        self.last = 0
+        self.size = 0
+        self._entries: list[Entry] = []
+        self._owner = owner
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def open(self) -> None:
+        self.is_open = True
+        self._wake()
+
+    def append(self, data: bytes, last: int) -> None:
+        self._entries.append(Entry(last, data))
+        self.last = last
+        self._grow(len(data) + ENTRY_OVERHEAD)
+        if self._waiting:
+            self._wake()
+
+    def answer(self, whole: Whole) -> None:
+        self.whole, self.is_open = whole, True
+        self._grow(len(whole.body) + ENTRY_OVERHEAD)
+        self._wake()
+
+    def end(self) -> None:
+        """Nothing follows. May be said more than once."""
+        if not self.is_over:
+            self.is_open = self.is_over = True
+            self._owner.ended(self)
+            self._wake()
+
+    @property
+    def answers(self) -> bool:
+        """Whether a retry may be answered with it: an attempt that was refused is none, and may be made again."""
+        return self.last > 0 if self.whole is None else self.whole.status < 400
+
+    def read(self, after: int, most: int) -> tuple[list[Entry], int]:
+        """Entries behind the cursor, about `most` bytes, and the number of the first event in them.
+
+        The first entry may start before the cursor. Raises `Evicted` where the log does not go back so far.
+        """
+        if after + 1 < self.earliest:
+            raise Evicted(self.earliest)
+        index = bisect_right(self._entries, after, key=lambda entry: entry.last)
+        first = self._entries[index - 1].last + 1 if index else self.earliest
+        taken: list[Entry] = []
+        for entry in self._entries[index:]:
+            taken.append(entry)
+            most -= len(entry.data)
+            if most <= 0:
+                break
+        return taken, first
+
+    def forget_oldest(self, size: int) -> int:
+        """Drops entries from the start, at least `size` bytes of them where there are so many; tells how many."""
+        dropped = count = 0
+        for entry in self._entries[:-1]:
+            if dropped >= size:
+                break
+            dropped += len(entry.data) + ENTRY_OVERHEAD
+            self.earliest = entry.last + 1
+            count += 1
+        del self._entries[:count]
+        self.size -= dropped
+        return dropped
+
+    async def changed(self, seconds: float) -> bool:
+        """Until something is added or the log ends; False where `seconds` passed without."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        try:
+            async with asyncio.timeout(seconds):
+                await waiting
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.discard(waiting)
+        return True
+
+    def _grow(self, size: int) -> None:
+        self.size += size
+        self._owner.grew(size)
+
+    def _wake(self) -> None:
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+
+class LogOwner(Protocol):
+    """What a log tells the store that keeps it."""
+
+    def grew(self, size: int) -> None: ...
+
+    def ended(self, log: StreamLog) -> None: ...
+
+
+class Store(Protocol):
+    """What keeps the logs. Everything else about streams is the same whatever keeps them."""
+
+    async def create(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
+        """A new log; or the claim that had the key before, and no log is made.
+
+        A key is free again when its attempt ended without an answer, and when the log of its stream is forgotten.
+        """
+
+    async def find(self, stream_id: str) -> StreamLog | None:
+        """The log of a stream, running or over; None where there is none any more."""
+
+    async def close(self) -> None: ...

@@ -1,0 +1,243 @@
+"""The streams of this replica: where each one's bytes go, and who still reads them.
+
+    driver -> Outlet -> log (first) -> the connection that opened the stream (then)
+                         `-> any number of readers, each at its own cursor
+
+A client that leaves is not the end of a stream: it ends when nobody reads it and its linger time, which is none by
+default, is over.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from penstock.core.signals import Cancelled, Draining, Signal
+from penstock.shell.client import ClientConnection, ClientGone
+from penstock.shell.stores.log import StreamLog, Whole
+
+_log = logging.getLogger("penstock")
+
+
+class Carrier(Protocol):
+    """What carries a stream: its driver."""
+
+    async def run(self) -> None: ...
+
+    async def tell(self, signal: Signal) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class Outlet:
+    """What a driver writes to. Every event is in the log before it is sent; without a log it is only sent."""
+
+    def __init__(self, connection: ClientConnection, log: StreamLog | None, goes_on: Callable[[], bool]) -> None:
+        """`goes_on` is asked when the client is found to be gone: whether the stream goes on without it."""
+        self._connection: ClientConnection | None = connection
+        self._log = log
+        self._goes_on = goes_on
+        self._untold = False  # the client left while the head was sent, and the driver does not know yet
+
+    async def open(self, content_type: str) -> None:
+        if self._log is not None:
+            self._log.open()
+        if self._connection is not None:
+            try:
+                await self._connection.open(content_type)
+            except ClientGone:
+                # Told with the first write: its events have their numbers already, so they must be in the log.
+                self._connection, self._untold = None, True
+
+    def send_now(self, data: bytes, seq: int) -> bool:
+        """Keeps and sends without waiting; False, and nothing is kept nor sent, where the client has no room."""
+        connection = self._connection
+        if connection is None:
+            self.keep(data, seq)
+            return True
+        try:
+            if not connection.has_room:
+                return False
+        except ClientGone:
+            self.keep(data, seq)
+            self._lost()
+            return True
+        self.keep(data, seq)
+        connection.send_now(data)
+        return True
+
+    async def send(self, data: bytes, seq: int, before: bytes = b"") -> None:
+        """Keeps, sends and waits until the client has room. `before` goes ahead and is no event."""
+        self.keep(data, seq)
+        if self._untold:
+            self._lost()
+        elif self._connection is not None:
+            try:
+                await self._connection.send(before + data)
+            except ClientGone:
+                self._lost()
+
+    def keep(self, data: bytes, seq: int) -> None:
+        """Puts events into the log; what has no number is none."""
+        if self._log is not None and seq:
+            self._log.append(data, seq)
+
+    async def respond(self, status: int, body: bytes, content_type: str, headers: dict[str, str]) -> None:
+        if self._log is not None:
+            self._log.answer(Whole(status, body, headers))
+        self.end()
+        if self._connection is not None:
+            await self._connection.respond(status, body, content_type, headers)
+
+    async def finish(self) -> None:
+        self.end()
+        if self._connection is not None:
+            await self._connection.finish()
+
+    def end(self) -> None:
+        if self._log is not None:
+            self._log.end()
+
+    def abort(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+
+    def detach(self) -> None:
+        """The client is gone: from here on only the log is written."""
+        self._connection = None
+
+    def _lost(self) -> None:
+        self._connection, self._untold = None, False
+        if not self._goes_on():
+            raise ClientGone
+
+
+class LiveStream:
+    """One stream that is carried here, with whoever reads it."""
+
+    def __init__(
+        self, stream_id: str, principal: str, connection: ClientConnection, log: StreamLog | None, linger_seconds: float
+    ) -> None:
+        self.stream_id = stream_id
+        self.principal = principal
+        self.log = log
+        self.outlet = Outlet(connection, log, self._opener_is_gone)
+        self._linger_seconds = linger_seconds if log is not None else 0.0
+        self._loop = asyncio.get_running_loop()
+        self._readers = 1  # who opened it
+        self._has_opener = True
+        self._lingering: asyncio.TimerHandle | None = None
+        self._driver: Carrier | None = None
+
+    async def carry(self, driver: Carrier) -> None:
+        """Until the stream is over, whoever leaves."""
+        self._driver = driver
+        try:
+            await driver.run()
+        finally:
+            self._stop_timer()
+
+    def opener_left(self) -> bool:
+        """Whether the stream goes on without who opened it; if not, it is being ended."""
+        goes_on = self._opener_is_gone()
+        if not goes_on and self._driver is not None:
+            self._driver.leave()
+        return goes_on
+
+    async def tell(self, signal: Signal) -> None:
+        if self._driver is not None:
+            await self._driver.tell(signal)
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """While somebody reads its log."""
+        self._readers += 1
+        self._stop_timer()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _opener_is_gone(self) -> bool:
+        """Whether the stream goes on without who opened it."""
+        if self._has_opener:
+            self._has_opener = False
+            self.outlet.detach()
+            self._leave(at_once=False)
+        return self._readers > 0 or self._lingering is not None
+
+    def _leave(self, *, at_once: bool = True) -> None:
+        self._readers -= 1
+        if self._readers:
+            return
+        if self._linger_seconds > 0:
+            self._lingering = self._loop.call_later(self._linger_seconds, self._nobody_came)
+        elif at_once:
+            self._nobody_came()
+
+    def _nobody_came(self) -> None:
+        self._lingering = None
+        if self._driver is not None:
+            self._driver.leave()
+
+    def _stop_timer(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+
+
+class Streams:
+    """Every stream that is carried here, by its id."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, LiveStream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def get(self, stream_id: str) -> LiveStream | None:
+        return self._live.get(stream_id)
+
+    async def carry(self, stream: LiveStream, driver: Carrier, until_over: ExitStack) -> None:
+        """Until the stream is over; then `until_over` is closed.
+
+        If the opener leaves, this is cancelled, and the stream may go on all the same.
+        """
+        self._live[stream.stream_id] = stream
+        self._all_closed.clear()
+        task = asyncio.create_task(stream.carry(driver))
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: self._over(stream, task, until_over))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not stream.opener_left():
+                await asyncio.wait({task})
+            raise
+
+    def _over(self, stream: LiveStream, task: asyncio.Task[None], until_over: ExitStack) -> None:
+        until_over.close()
+        self._tasks.discard(task)
+        del self._live[stream.stream_id]
+        if not self._live:
+            self._all_closed.set()
+
+    async def cancel(self, stream_id: str, principal: str) -> None:
+        stream = self._live.get(stream_id)
+        if stream is not None and stream.principal == principal:
+            await stream.tell(Cancelled(asyncio.get_running_loop().time()))
+
+    async def drain(self, seconds: float) -> None:
+        """Until no stream is open; after `seconds` the rest is ended with an error event."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._all_closed.wait()
+        except TimeoutError:
+            _log.warning("drain time is over: ending %d open streams", len(self._live))
+            now = asyncio.get_running_loop().time()
+            await asyncio.gather(*(stream.tell(Draining(now)) for stream in list(self._live.values())))
+            await self._all_closed.wait()
