@@ -16,6 +16,7 @@ from penstock_vllm.channels import Tables
 from penstock_vllm.chat import ChatDoor
 from penstock_vllm.connection import Connection
 from penstock_vllm.outbox import DEFAULT_BYTES, most_bytes
+from penstock_vllm.register import grammar_stop_problem
 from penstock_vllm.vocabulary import TokenizerText, TokenizerVocabulary, fast_tokenizer
 
 _log = logging.getLogger("vllm.penstock")
@@ -32,7 +33,7 @@ class PenstockRoutes:
 
     def __init__(self) -> None:
         self._instance = secrets.token_hex(16)
-        self._problems: dict[str, str] = {"grammar_stop": "not part of this version"}
+        self._problems: dict[str, str] = {}
         self._tables: Tables | None = None
         self._tokenizer: TokenizerText | None = None
         self._door: ChatDoor | None = None
@@ -47,6 +48,8 @@ class PenstockRoutes:
 
         if problem := _no_websockets() or tap.install():
             self._step_aside("output_tap", problem)
+        if problem := grammar_stop_problem():  # the engine's own process came to the same answer, and has said so
+            self._problems["grammar_stop"] = problem
         try:
             self._most_bytes = most_bytes()
         except ValueError as error:

@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 # The letters that stand for the bytes of a byte-level vocabulary that are not printable, in order (GPT-2's table).
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+BYTE_LETTERS: Final = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(_OTHERS)
+}
 
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -30,6 +32,9 @@ class TokenizerVocabulary:
 
     def added_id(self, text: str) -> int | None:
         return self._added_ids.get(text)
+
+    def is_added(self, token_id: int) -> bool:
+        return token_id in self._added_texts
 
     def piece(self, token_id: int) -> bytes:
         added = self._added_texts.get(token_id)
@@ -61,7 +66,7 @@ class TokenizerVocabulary:
             byte = _BYTE_TOKEN.fullmatch(token)
             return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
         if self._is_byte_level:
-            return bytes(_BYTES[letter] for letter in token if letter in _BYTES)
+            return bytes(BYTE_LETTERS[letter] for letter in token if letter in BYTE_LETTERS)
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
@@ -72,7 +77,7 @@ class TokenizerVocabulary:
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        space = next(letter for letter, byte in _BYTES.items() if byte == 0x20)
+        space = next(letter for letter, byte in BYTE_LETTERS.items() if byte == 0x20)
         return self._tokenizer.token_to_id(space) is not None
 
 

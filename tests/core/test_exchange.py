@@ -205,6 +205,8 @@ def test_a_block_that_the_length_cut_is_incomplete() -> None:
         ("stop", None, "stop", "eos"),
         ("stop", "\n", "stop", "stop_string"),
         ("stop", 151643, "stop", "stop_token"),
+        ("stop", 151645, "stop", "eos"),  # vLLM names the model's second end token
+        ("stop", "grammar", "stop", "grammar"),
         ("length", None, "length", "max_tokens"),
         ("content_filter", None, "content_filter", None),
         ("repetition", None, "other", "repetition"),
@@ -213,9 +215,15 @@ def test_a_block_that_the_length_cut_is_incomplete() -> None:
     ],
 )
 def test_what_the_engine_calls_its_end(raw: str, stop: Any, reason: str, cause: str | None) -> None:
-    finished = play(ask(), [content("Hi"), finish(raw, stop=stop), DONE]).finishes()[0]
+    request = ask(stop=["\n"], stop_token_ids=[151643])
+    finished = play(request, [content("Hi"), finish(raw, stop=stop), DONE]).finishes()[0]
     assert (finished["reason"], finished["cause"], finished["raw_reason"]) == (reason, cause, raw)
     assert finished.get("stop") == stop
+
+
+def test_a_stop_string_of_that_name_is_no_cause() -> None:
+    finished = play(ask(stop="grammar"), [content("Hi"), finish("stop", stop="grammar"), DONE]).finishes()[0]
+    assert finished["cause"] == "stop_string"
 
 
 # --- Usage ----------------------------------------------------------------------------------------

@@ -84,6 +84,12 @@ SCRIPTS: dict[str, Json] = {
         "stop_token_ids": [33],
         "include_stop_str_in_output": True,
     },
+    "a second end token": {"texts": ("Hello!<|endoftext|>",)},
+    "a structured answer": {
+        "texts": ("123\n\n",),
+        "structured_outputs": {"regex": r"[0-9]{3}\s*"},
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
     "hidden reasoning": {"texts": (THINKING_TOOL,), "tools": [WEATHER], "penstock": {"reasoning": "hide"}},
     "inline reasoning": {"texts": (EMOJI,), "penstock": {"reasoning": "inline"}},
 }
@@ -94,6 +100,21 @@ async def test_both_paths_give_the_same_events(both: Both, script: Script, name:
     fields = dict(SCRIPTS[name])
     plain, tagged = await both.ask(**script(*fields.pop("texts"), bytewise=fields.pop("bytewise", False), **fields))
     assert essence(tagged, "cached_tokens") == essence(plain, "cached_tokens")
+
+
+async def test_the_cause_of_an_end_is_the_same_on_both_paths(both: Both, script: Script) -> None:
+    words = script("one two three four", eos=False)
+    third = words["vllm_xargs"]["script"][2]
+    value = {"structured_outputs": {"choice": ["yes", "no"]}, "chat_template_kwargs": {"enable_thinking": False}}
+    for cause, fields in {
+        "eos": script("Hi<|endoftext|>", eos=False),
+        "stop_token": {**words, "stop_token_ids": [third]},
+        "stop_string": {**words, "stop": ["two"]},
+        "max_tokens": {**words, "max_tokens": 3},
+        "grammar": {**script("yes"), **value},
+    }.items():
+        for answer in await both.ask(**fields):
+            assert answer.finish()["cause"] == cause
 
 
 async def test_our_own_stop_string_cuts_both_paths_at_the_same_character(both: Both, script: Script) -> None:

@@ -135,8 +135,8 @@ class FakePlugin:
             "instance": "fake",
             "models": ["tiny", "tiny-too"],
             "max_model_len": 2048,
-            "hooks": {"output_tap": True, "grammar_stop": False},
-            "problems": {"grammar_stop": "not part of this version"},
+            "hooks": {"output_tap": True, "grammar_stop": True},
+            "problems": {},
             "tokenizer": {"digest": _DIGEST, "fast": True},
         }
         self.tokenizer_answer = {"digest": _DIGEST, "tokenizer_json": self.tokenizer.json, "bos_token_id": None}

@@ -5,7 +5,7 @@ what it cannot read is one `Failed`, and nothing that an engine sends makes it r
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -60,11 +60,12 @@ class ChatReader:
     """Reads one answer. Feed it every byte in order, then call `close` once; after a `Failed` it says no more.
 
     Holds at most one unfinished SSE event of `line_limit` bytes and one unfinished character per text field.
-    `choices` is how many the request asked for.
+    `choices` is how many the request asked for, `own_stops` the stop strings and token ids that it named to the engine.
     """
 
-    def __init__(self, line_limit: int, choices: int) -> None:
+    def __init__(self, line_limit: int, choices: int, own_stops: Collection[str | int] = ()) -> None:
         self._line_limit = line_limit
+        self._own_stops = own_stops
         self._parser = sse.Parser(line_limit)
         self._most_choices = choices
         self._is_whole = False
@@ -167,7 +168,7 @@ class ChatReader:
     def _new_choice(self, index: Any) -> "_ChoiceReader":
         if type(index) is not int or not 0 <= index < self._most_choices:
             raise ValueError(f"choice index {index!r}, but the request asked for {self._most_choices}")
-        return _ChoiceReader(index)
+        return _ChoiceReader(index, self._own_stops)
 
     def _open(self, chunk: Ext, out: list[Event]) -> None:
         self._opened = True
@@ -187,8 +188,9 @@ class ChatReader:
 class _ChoiceReader:
     """One choice: its unfinished characters and its running token count."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, own_stops: Collection[str | int]) -> None:
         self._index = index
+        self._own_stops = own_stops
         self._tokens = 0
         self._fields: dict[str, WholeCharacters] = {}
         self._last_field = ""
@@ -311,7 +313,7 @@ class _ChoiceReader:
         if reason in _FAULTS:
             out.append(Text(self._index, Channel.RAW, "", *extras))
             raise _EngineGaveUpError(reason)
-        meaning, cause = _meaning(reason, stop_reason)
+        meaning, cause = _meaning(reason, stop_reason, self._own_stops)
         out.append(Finished(self._index, reason, stop_reason, *extras, reason=meaning, cause=cause))
 
 
@@ -336,13 +338,20 @@ def refusal_message(status: int, body: bytes) -> tuple[str, Ext | None]:
     return f"the engine answered {status}: {decode_leniently(body[:200])!a}", None
 
 
-def _meaning(raw: str, stop_reason: str | int | None) -> tuple[FinishReason, str | None]:
-    if raw in ("stop", "tool_calls", "function_call"):
-        reason: FinishReason = "stop" if raw == "stop" else "tool_calls"
-        if stop_reason is None:
-            return reason, "eos"
-        return reason, "stop_string" if isinstance(stop_reason, str) else "stop_token"
-    return _REASONS.get(raw, ("other", None))
+def _meaning(
+    raw: str, stop_reason: str | int | None, own_stops: Collection[str | int]
+) -> tuple[FinishReason, str | None]:
+    if raw not in ("stop", "tool_calls", "function_call"):
+        return _REASONS.get(raw, ("other", None))
+    reason: FinishReason = "stop" if raw == "stop" else "tool_calls"
+    if isinstance(stop_reason, int):
+        # A model may have several end tokens; vLLM names all but the first as if the request had asked to stop there.
+        return reason, "stop_token" if stop_reason in own_stops else "eos"
+    if stop_reason is None:
+        return reason, "eos"
+    # The plugin's word, which it never gives to a request that has a stop string of that name.
+    ended_by_grammar = stop_reason == "grammar" and stop_reason not in own_stops
+    return reason, "grammar" if ended_by_grammar else "stop_string"
 
 
 def _error_of(chunk: Mapping[str, Any]) -> Failed | None:

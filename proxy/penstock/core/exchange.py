@@ -135,7 +135,7 @@ class Exchange:
         self._request = request
         self._setting = setting
         self._phase = _Phase.WAITING
-        self._reader = ChatReader(setting.bounds.line_bytes, request.choices)
+        self._reader = ChatReader(setting.bounds.line_bytes, request.choices, request.engine_stops)
         self._tagged = setting.tagged
         self._upstream = setting.upstream
         self._gave_up: tuple[Ending, Problem] | None = None  # what made us look for another engine

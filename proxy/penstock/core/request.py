@@ -57,6 +57,8 @@ class StreamRequest:
     family: str | None
     stop: tuple[str, ...]
     include_stop: bool
+    engine_stops: frozenset[str | int]
+    """The stop strings and token ids that the engine is to look for."""
     wants_usage: bool
     wants_running_usage: bool
     max_tokens: int | None
@@ -112,6 +114,7 @@ def read_request(
         family=options.get("family"),
         stop=tuple(options.get("stop", ())),
         include_stop=options.get("include_stop", False),
+        engine_stops=_engine_stops(request),
         wants_usage=given.get("include_usage") is True,
         wants_running_usage=given.get("include_usage") is True and given.get("continuous_usage_stats") is True,
         max_tokens=_number(request.get("max_completion_tokens") or request.get("max_tokens"), int),
@@ -232,3 +235,11 @@ def _choices(n: Any) -> int:
 
 def _number(value: Any, kind: type[Any]) -> Any:
     return kind(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _engine_stops(request: Mapping[str, Any]) -> frozenset[str | int]:
+    """What is of another shape is for vLLM to refuse."""
+    stop, ids = request.get("stop"), request.get("stop_token_ids")
+    strings = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else ()
+    numbers = ids if isinstance(ids, list) else ()
+    return frozenset([*(one for one in strings if isinstance(one, str)), *(one for one in numbers if type(one) is int)])

@@ -1,0 +1,92 @@
+"""Where the grammar stop steps aside, told without vLLM: on another version, where it is off, where it is not named."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from penstock_vllm import grammar_stop, register
+from penstock_vllm.endpoint import PenstockRoutes
+
+
+class Scheduler:
+    def _update_request_with_output(self, request: Any, new_token_ids: list[int]) -> tuple[list[int], bool]:
+        raise NotImplementedError
+
+
+class Manager:
+    def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    register._said.clear()
+
+
+def test_a_second_time_changes_nothing() -> None:
+    scheduler = type("Scheduler", (), dict(Scheduler.__dict__))
+    manager = type("Manager", (), dict(Manager.__dict__))
+    assert grammar_stop.install_on(scheduler, manager) is None
+    hooked = (vars(scheduler)["_update_request_with_output"], vars(manager)["accept_tokens"])
+    assert grammar_stop.install_on(scheduler, manager) is None
+    assert (vars(scheduler)["_update_request_with_output"], vars(manager)["accept_tokens"]) == hooked
+
+
+def test_a_vllm_before_0_30_has_no_accept_tokens() -> None:
+    class Older:
+        pass
+
+    before = Scheduler._update_request_with_output
+    problem = grammar_stop.install_on(Scheduler, Older)
+    assert problem == "StructuredOutputManager has no accept_tokens (vLLM 0.30 is the first that has)"
+    assert Scheduler._update_request_with_output is before
+
+
+def test_another_signature_is_not_hooked() -> None:
+    class Other:
+        def _update_request_with_output(self, outputs: Any) -> None:
+            raise NotImplementedError
+
+    class OtherManager:
+        def accept_tokens(self, tokens: list[int], request: Any) -> bool:
+            raise NotImplementedError
+
+    assert grammar_stop.install_on(Other, Manager) == (
+        "Scheduler._update_request_with_output takes ['self', 'outputs'] and is not what this plugin knows"
+    )
+    assert grammar_stop.install_on(Scheduler, OtherManager) == (
+        "StructuredOutputManager.accept_tokens takes ['self', 'tokens', 'request'] and is not what this plugin knows"
+    )
+
+
+def test_it_is_part_of_what_vllm_plugins_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in (None, "", "other,penstocks"):
+        if names is None:
+            monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_PLUGINS", names)
+        assert register.grammar_stop_problem() == "VLLM_PLUGINS does not name penstock"
+    monkeypatch.setenv("VLLM_PLUGINS", "other,penstock")
+    problem = register.grammar_stop_problem()
+    assert problem is not None
+    assert problem.startswith("this vLLM's scheduler is not what this plugin knows: ModuleNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("off", "PENSTOCK_GRAMMAR_STOP is off"),
+        ("no", "PENSTOCK_GRAMMAR_STOP is 'no'; it must be on or off"),
+    ],
+)
+def test_it_can_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, setting: str, problem: str
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "penstock")
+    monkeypatch.setenv("PENSTOCK_GRAMMAR_STOP", setting)
+    with caplog.at_level(logging.INFO, "vllm.penstock"):
+        register.register()
+        register.register()
+    assert [record.getMessage() for record in caplog.records][1:] == [f"penstock: grammar_stop is off: {problem}"]
+    assert PenstockRoutes().name == "penstock"
