@@ -261,7 +261,7 @@ class Ends:
 
 def _machine(kind: str, source: str) -> Machine | None:
     try:
-        return _WRITTEN[kind](source)
+        return Machine(_WRITTEN[kind](source))
     except (UnclearError, RecursionError):
         return None
 

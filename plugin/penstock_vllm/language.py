@@ -64,7 +64,14 @@ class Rule:
 
 
 Node = Chars | Row | OneOf | Repeat | Rule
-Rules = Mapping[str, Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Rules by their names, and the one that a whole text is of."""
+
+    rules: Mapping[str, Node]
+    root: str
 
 
 def text(letters: str) -> Node:
@@ -111,15 +118,16 @@ def is_white(ranges: Ranges) -> bool:
 class Machine:
     """The automata of all rules. A state's steps need a character; its jumps, nothing; its calls, a whole rule."""
 
-    def __init__(self, rules: Rules, root: str) -> None:
+    def __init__(self, grammar: Grammar) -> None:
         """Raises `UnclearError` for a rule that is not there, and beyond `MOST_STATES`."""
         self.steps: list[list[tuple[Ranges, int]]] = []
         self.jumps: list[list[int]] = []
         self.calls: list[list[tuple[int, int]]] = []
         self.rule_of: list[int] = []
-        self._number = {name: number for number, name in enumerate([root, *(name for name in rules if name != root)])}
+        rules, root = grammar.rules, grammar.root
         if root not in rules:
             raise UnclearError(f"no rule {root}")
+        self._number = {name: number for number, name in enumerate([root, *(name for name in rules if name != root)])}
         self.starts: list[int] = []
         self.ends: list[int] = []
         for number, name in enumerate(self._number):

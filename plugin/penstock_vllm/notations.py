@@ -11,14 +11,13 @@ from typing import Final
 from penstock_vllm.language import (
     LAST,
     Chars,
-    Machine,
+    Grammar,
     Node,
     OneOf,
     Ranges,
     Repeat,
     Row,
     Rule,
-    Rules,
     UnclearError,
     inverted,
     merged,
@@ -59,17 +58,16 @@ _LARK_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _EMPTY: Final = Row(())
 
 
-def regular_expression(pattern: str) -> Machine:
+def regular_expression(pattern: str) -> Grammar:
     scanner = _Scanner(pattern)
     node = _alternatives(scanner, _regex_atom)
     scanner.must_be_at_end()
-    return Machine({"root": node}, "root")
+    return Grammar({"root": node}, "root")
 
 
-def grammar(source: str) -> Machine:
+def grammar(source: str) -> Grammar:
     """EBNF as xgrammar and llama.cpp write it, or Lark's."""
-    rules = _ebnf(source) if "::=" in source else _lark(source)
-    return Machine(rules, "root" if "::=" in source else "start")
+    return Grammar(_ebnf(source), "root") if "::=" in source else Grammar(_lark(source), "start")
 
 
 class _Scanner:
@@ -243,7 +241,7 @@ _EBNF_BLANK: Final = re.compile(r"(?:\s|#[^\n]*)*")
 _EBNF_HEAD: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(?:\s|#[^\n]*)*::=")
 
 
-def _ebnf(source: str) -> Rules:
+def _ebnf(source: str) -> dict[str, Node]:
     scanner = _Scanner(source)
     rules: dict[str, Node] = {}
     while scanner.matches(_EBNF_BLANK) and scanner.next:
@@ -294,7 +292,7 @@ _LARK_REGEX: Final = re.compile(r"/((?:[^/\\\n]|\\.)+)/([a-z]*)")
 _LARK_TIMES: Final = re.compile(r"~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 
 
-def _lark(source: str) -> Rules:
+def _lark(source: str) -> dict[str, Node]:
     scanner = _Scanner(source)
     rules: dict[str, Node] = {}
     while scanner.matches(_LARK_BLANK) and scanner.next:

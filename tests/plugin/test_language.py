@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock_vllm.language import MOST_STATES, MOST_STEPS, Machine, Reading, UnclearError
+from penstock_vllm.language import MOST_STATES, MOST_STEPS, Grammar, Machine, Reading, UnclearError
 from penstock_vllm.notations import grammar, regular_expression
 
 JSON_LIKE = r"""
@@ -19,9 +19,9 @@ TAIL: /\\s/+
 """
 
 
-def over(machine: Machine, text: str) -> bool:
+def over(language: Grammar, text: str) -> bool:
     """Whether the text is whole, and nothing but white space can follow."""
-    reading = Reading(machine)
+    reading = Reading(Machine(language))
     reading.feed(text)
     return reading.is_whole and reading.can_only_add_white_space
 
@@ -123,7 +123,7 @@ def test_a_text_that_is_none_of_the_language_is_never_over() -> None:
 )
 def test_what_engines_may_read_in_another_way_is_not_read(pattern: str) -> None:
     with pytest.raises(UnclearError):
-        regular_expression(pattern)
+        Machine(regular_expression(pattern))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_what_engines_may_read_in_another_way_is_not_read(pattern: str) -> None:
 )
 def test_a_grammar_that_is_not_certain_is_not_read(source: str) -> None:
     with pytest.raises(UnclearError):
-        grammar(source)
+        Machine(grammar(source))
 
 
 def test_reading_is_bounded() -> None:
-    reading = Reading(regular_expression("(a|b|c|d)*"))
+    reading = Reading(Machine(regular_expression("(a|b|c|d)*")))
     with pytest.raises(UnclearError):
         reading.feed("a" * MOST_STEPS)
