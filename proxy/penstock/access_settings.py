@@ -104,3 +104,19 @@ class Auth(_Part):
     plans: dict[str, Plan] = Field(
         default_factory=dict, description="what callers may use, by the name that a key gives; `default` for the rest"
     )
+
+
+class UsageFile(_Part):
+    path: Path = Field(description="one line of JSON for each stream that ended; opened anew for every write")
+    rotate_bytes: int = Field(100 * 2**20, ge=0, description="size at which it becomes PATH.1; 0 leaves that to others")
+    keep: int = Field(10, ge=1, description="rotated files that are kept: PATH.1 is the youngest")
+
+
+class UsageSettings(_Part):
+    bill: Literal["generated", "delivered"] = Field(
+        "generated", description="which tokens of an answer count for bills, quotas and tokens_per_minute"
+    )
+    file: UsageFile | None = Field(None, description="records as lines of JSON")
+    otlp: bool = Field(False, description="records as OTLP logs, to where OTEL_EXPORTER_OTLP_* says")
+    redis_stream: str | None = Field(None, min_length=1, description="records to the stream of this name at store.url")
+    redis_stream_records: int = Field(1_000_000, ge=1, description="about how many records that stream keeps")

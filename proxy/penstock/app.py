@@ -13,6 +13,7 @@ from aiohttp import web
 
 from penstock.settings import Settings
 from penstock.shell.auth import Gatekeeper
+from penstock.shell.books import Books
 from penstock.shell.cluster import Cluster
 from penstock.shell.server import Server
 from penstock.shell.stores.memory import MemoryStore
@@ -35,9 +36,10 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         stack.push_async_callback(asyncio.to_thread, telemetry.close)
         cluster = Cluster(settings)
         stack.push_async_callback(cluster.close)
+        books = await stack.enter_async_context(Books.opened(settings))
         store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
         stack.push_async_callback(store.close)
-        server = Server(settings, gatekeeper, cluster, telemetry, store)
+        server = Server(settings, gatekeeper, cluster, telemetry, store, books)
         watching = asyncio.create_task(gatekeeper.watch())
         stack.callback(watching.cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.

@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from penstock.access_settings import Auth
+from penstock.access_settings import Auth, UsageSettings
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 
 _PREFIX = "PENSTOCK_"
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
-_SECRET = re.compile(r"auth\.keys\b.*|.*\bapi_key\b.*")
+_SECRET = re.compile(r"auth\.keys\b.*|.*\bapi_key\b.*|store\.url")
 
 
 class SettingsError(Exception):
@@ -37,7 +37,14 @@ def _http_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def _redis_url(url: SecretStr) -> SecretStr:
+    if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must be a URL like redis://redis:6379/0, rediss://… or unix:///run/redis.sock")
+    return url
+
+
 Url = Annotated[str, AfterValidator(_http_url)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
 class _Part(BaseModel):
@@ -101,10 +108,7 @@ class StateSettings(_Part):
     markers: dict[str, str] = Field(default_factory=dict, description="marker -> next state")
     otherwise: str | None = Field(None, description="state entered by anything but space and a marker")
     headers: list[tuple[str, str]] = Field(default_factory=list, description="[pattern, state] pairs, first match wins")
-    syntax: Literal["", "hermes", "llama", "mistral", "deepseek", "dsml", "arguments"] = Field(
-        "", description="how a tool state spells a call"
-    )
-    keeps: list[str] = Field(default_factory=list, description="markers that are also the first text of the next state")
+    syntax: Literal["", "hermes", "arguments"] = Field("", description="how a tool state spells a call")
 
 
 class ReasoningMarks(_Part):
@@ -116,9 +120,7 @@ class ReasoningMarks(_Part):
 class ToolMarks(_Part):
     open: str = Field(min_length=1, description="marker before a call")
     close: str = Field(min_length=1, description="marker after a call")
-    syntax: Literal["hermes", "llama", "mistral", "deepseek", "dsml", "arguments"] = Field(
-        "hermes", description="how the call is written between them"
-    )
+    syntax: Literal["hermes", "arguments"] = Field("hermes", description="how the call is written between them")
 
 
 class FamilySettings(_Part):
@@ -142,7 +144,7 @@ class FamilySettings(_Part):
         built_in = next((family for family in FAMILIES if family.name == name), None)
         if self.states:
             states = {
-                key: State(s.channel, s.markers, s.otherwise, tuple(s.headers), s.syntax, frozenset(s.keeps))
+                key: State(s.channel, s.markers, s.otherwise, tuple(s.headers), s.syntax)
                 for key, s in self.states.items()
             }
             return Family(name, tuple(self.models), self.start, self.start, states)
@@ -175,9 +177,18 @@ class Limits(_Part):
     held_bytes_per_key: int = Field(
         64 * 2**20, ge=1024, description="bytes that those of one caller may hold, then 429"
     )
+    reserve_tokens: int = Field(
+        1024, ge=0, description="tokens counted for an answer without max_tokens until its bill is known"
+    )
+    without_store: Literal["local", "refuse"] = Field(
+        "local", description="when store.url is gone, limits of keys: each replica counts alone, or 503"
+    )
 
 
 class StoreSettings(_Part):
+    url: RedisUrl | None = Field(
+        None, description="Redis that the replicas share, e.g. redis://redis:6379/0 (extra `redis`); absent: memory"
+    )
     retention_seconds: float = Field(
         300, ge=0, description="how long a stream can be resumed after its last event; 0 keeps no log at all"
     )
@@ -206,7 +217,10 @@ class Settings(_Part):
     limits: Limits = Field(Limits(), description="caps, in bytes and seconds")
     timing: Timing = Field(Timing(), description="times, in seconds")
     routing: Routing = Field(Routing(), description="which of several engines answers")
-    store: StoreSettings = Field(StoreSettings(), description="the logs that streams are resumed from")
+    store: StoreSettings = Field(
+        StoreSettings(), description="the logs that streams are resumed from, and what replicas share"
+    )
+    usage: UsageSettings = Field(UsageSettings(), description="what is billed, and where each stream's record goes")
 
     @model_validator(mode="after")
     def _never_an_open_relay(self) -> "Settings":
@@ -227,6 +241,12 @@ class Settings(_Part):
         for name in ("running_usage", "parses_tools"):
             if len({getattr(upstream, name) for upstream in self.upstreams}) > 1:
                 raise ValueError(f"upstreams: {name} must be the same for all, since each may get any request")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_things_have_a_place(self) -> "Settings":
+        if self.usage.redis_stream is not None and self.store.url is None:
+            raise ValueError("usage.redis_stream is set and store.url is not; say which Redis with store.url")
         return self
 
     @model_validator(mode="after")

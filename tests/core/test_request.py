@@ -197,8 +197,16 @@ def test_a_bare_request() -> None:
         wants_token_ids=False,
         shows_stop_token=False,
         on_disconnect=None,
+        text_bytes=0,
         needs_engine_text=None,
     )
+
+
+def test_the_bytes_of_text_in_the_messages() -> None:
+    """Words count, pictures do not: a guess at the prompt's tokens must not count their base64."""
+    parts = [{"type": "text", "text": "né"}, {"type": "image_url", "image_url": {"url": "data:,AAAA"}}, 7]
+    odd = [{"role": "user"}, "text", None, {"content": 7}, {"content": [{"text": 7}]}]
+    assert read(messages=[{"role": "user", "content": parts}, {"content": "日本"}, *odd]).text_bytes == 3 + 6
 
 
 @pytest.mark.parametrize(

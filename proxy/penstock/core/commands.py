@@ -94,6 +94,7 @@ class RecordUsage:
     ttft_seconds: float | None
     duration_seconds: float
     unsent_bytes: int = 0
+    upstream: str = ""
 
 
 @dataclass(slots=True)

@@ -508,6 +508,7 @@ class Exchange:
             ttft_seconds=None if self._first_text is None else self._first_text - started,
             duration_seconds=now - started,
             unsent_bytes=unsent,
+            upstream=self._upstream,
         )
 
     def _byte_cap(self) -> LimitReached:

@@ -12,6 +12,7 @@ import orjson
 
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.errors import CallerError
+from penstock.core.events import utf8_size
 from penstock.core.schemas import Schema, SchemaError, schema_of
 
 # vLLM refuses more (VLLM_MAX_N_SEQUENCES).
@@ -70,6 +71,8 @@ class StreamRequest:
     shows_stop_token: bool
     """Whether the token that ends a choice is part of its text."""
     on_disconnect: OnDisconnect | None
+    text_bytes: int
+    """Bytes of text in the messages, from which the length of the prompt can be guessed."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
@@ -125,6 +128,7 @@ def read_request(
         wants_token_ids=request.get("return_token_ids") is True,
         shows_stop_token=request.get("include_stop_str_in_output") is True,
         on_disconnect=options.get("on_disconnect"),
+        text_bytes=_text_bytes(request["messages"]),
         needs_engine_text=_needs_engine_text(request),
     )
 
@@ -215,6 +219,16 @@ def _needs_engine_text(request: dict[str, Any]) -> str | None:
     if _choices(request.get("n")) > _MOST_TAGGED_CHOICES:
         return "n"
     return "tool_choice" if request.get("tool_choice") not in (None, "auto", "none") else None
+
+
+def _text_bytes(messages: list[Any]) -> int:
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = (part.get("text") for part in parts if isinstance(part, dict))
+        size += sum(utf8_size(text) for text in texts if isinstance(text, str))
+    return size
 
 
 def _thinks(request: dict[str, Any]) -> bool:

@@ -4,5 +4,6 @@
 exchange between `engine` (the connection to vLLM) and `client` (the connection to the caller). `cluster` chooses the
 engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. Between driver and client
 stands `streams`: every event goes into a log of `stores/` before it is sent, and `resume` answers from logs. `auth`
-knows the keys and lets callers in, `telemetry` knows the traces, `replay` is the mock engine.
+knows the keys and lets callers in; `books` opens an account for each stream: `rate_limits` over `ledgers`, and
+`usage_records`. `telemetry` knows the traces, `replay` is the mock engine.
 """

@@ -20,6 +20,7 @@ from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
 from penstock.shell.auth import OPEN_ROUTES, Caller, Gatekeeper, caller_of
+from penstock.shell.books import Account, Books
 from penstock.shell.client import ClientConnection
 from penstock.shell.cluster import Cluster, Wish, no_engine
 from penstock.shell.driver import Driver
@@ -50,9 +51,16 @@ class Server:
     """All routes over the engines. `drain` before closing: it waits for open streams and ends the rest."""
 
     def __init__(
-        self, settings: Settings, gatekeeper: Gatekeeper, cluster: Cluster, telemetry: Telemetry, store: Store
+        self,
+        settings: Settings,
+        gatekeeper: Gatekeeper,
+        cluster: Cluster,
+        telemetry: Telemetry,
+        store: Store,
+        books: Books,
     ) -> None:
         self._settings = settings
+        self._books = books
         self._gatekeeper = gatekeeper
         self.cluster = cluster
         self._telemetry = telemetry
@@ -127,6 +135,8 @@ class Server:
                 request, terms = await self._read(http, streams, place)
                 caller = _allowed(http, request)
                 family = self._family(request)
+                account = await self._books.open(caller, stream_id, request, trace)
+                entered.callback(account.drop)
                 log = await self._resume.open_log(caller.name, stream_id, kind(request), terms)
             except Problem as problem:
                 trace.refuse(problem.code, problem.status)
@@ -135,12 +145,13 @@ class Server:
                 trace.refuse("client_gone", _CLIENT_GONE)
                 raise
             if isinstance(log, Claim):
+                account.drop()
                 trace.fetch(log.stream_id)
                 return await self._resume.rejoin(http, log, terms, kind(request).form)
-            client = ClientConnection(http, self._resume.headers(stream_id, log))
+            client = ClientConnection(http, {**self._resume.headers(stream_id, log), **account.headers})
             stream = LiveStream(stream_id, caller.name, client, log, self._resume.lingering(terms))
             try:
-                driver = self._drive(http, stream, trace, request, family, spell)
+                driver = self._drive(http, stream, trace, account, request, family, spell)
             except Exception:
                 stream.outlet.end()
                 raise
@@ -155,6 +166,7 @@ class Server:
         http: web.Request,
         stream: LiveStream,
         trace: StreamTrace,
+        account: Account,
         request: StreamRequest,
         family: Family,
         spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
@@ -175,7 +187,7 @@ class Server:
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             buffer_bytes=self._settings.limits.buffer_bytes,
-            record=lambda record: self._record(stream_id, stream.principal, trace, record),
+            record=lambda record: self._record(account, trace, record),
         )
 
     def _engine_headers(
@@ -266,20 +278,9 @@ class Server:
         seconds = self._settings.store.retention_seconds
         return int((time.time() + seconds) * 1000) if seconds else None
 
-    def _record(self, stream_id: str, principal: str, trace: StreamTrace, record: RecordUsage) -> None:
+    def _record(self, account: Account, trace: StreamTrace, record: RecordUsage) -> None:
         trace.finish(record)
-        _log.info(
-            "stream %s ended %s: principal=%s model=%s prompt=%d completion=%d delivered=%d estimated=%s seconds=%.3f",
-            stream_id,
-            record.ending.value if record.error_code is None else record.error_code,
-            principal,
-            record.model,
-            record.usage.prompt_tokens,
-            record.usage.completion_tokens,
-            record.usage.delivered_tokens,
-            record.usage.estimated,
-            record.duration_seconds,
-        )
+        account.end(record)
 
     async def _cancel(self, http: web.Request) -> web.Response:
         """Idempotent: a stream that is over, or never was, is as cancelled as it will ever be."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping, MutableMapping
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
@@ -36,10 +38,7 @@ class Telemetry:
         exporter = _exporter(os.environ)
         if exporter is None:
             return cls(None)
-        resource = Resource.create(
-            {SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME", "penstock"), SERVICE_VERSION: __version__}
-        )
-        provider = TracerProvider(resource=resource)
+        provider = TracerProvider(resource=_resource(os.environ))
         provider.add_span_processor(BatchSpanProcessor(exporter))
         return cls(provider)
 
@@ -54,7 +53,7 @@ class Telemetry:
             "penstock.stream.id": stream_id,
         }
         span = self._tracer.start_span(f"POST {route}", context, SpanKind.SERVER, attributes)
-        return StreamTrace(self._tracer, span, context)
+        return StreamTrace(self._tracer, span, context, route)
 
     def close(self) -> None:
         if self._provider is not None:
@@ -64,7 +63,8 @@ class Telemetry:
 class StreamTrace:
     """The two spans of one stream. `finish` ends both."""
 
-    def __init__(self, tracer: trace.Tracer, server: Span, context: Context) -> None:
+    def __init__(self, tracer: trace.Tracer, server: Span, context: Context, route: str) -> None:
+        self.route = route
         self._tracer = tracer
         self._server = server
         self._context = context  # the caller's, with its baggage
@@ -74,6 +74,11 @@ class StreamTrace:
     def trace_id(self) -> str | None:
         context = self._server.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+    @property
+    def span_id(self) -> str | None:
+        context = self._server.get_span_context()
+        return trace.format_span_id(context.span_id) if context.is_valid else None
 
     def call_engine(self, request: StreamRequest, address: str, port: int | None) -> MutableMapping[str, str]:
         """Opens the client span and returns the headers that carry the context on to the engine."""
@@ -121,6 +126,36 @@ class StreamTrace:
             span.set_attribute("error.type", code)
             span.set_status(Status(StatusCode.ERROR, code))
         span.end()
+
+
+def context_of(trace_id: str | None, span_id: str | None) -> Context | None:
+    """Where a log record belongs that is written after its spans have ended."""
+    if trace_id is None or span_id is None:
+        return None
+    sampled = trace.TraceFlags(trace.TraceFlags.SAMPLED)
+    ids = trace.SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=False, trace_flags=sampled)
+    return trace.set_span_in_context(trace.NonRecordingSpan(ids))
+
+
+def logger_provider(environment: Mapping[str, str]) -> LoggerProvider:
+    """For records that the settings asked for; where they go is said by `OTEL_EXPORTER_OTLP_*`."""
+    provider = LoggerProvider(resource=_resource(environment))
+    general = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    if environment.get("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", general) == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcExporter
+
+        provider.add_log_record_processor(BatchLogRecordProcessor(GrpcExporter()))
+    else:
+        from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpExporter
+
+        provider.add_log_record_processor(BatchLogRecordProcessor(HttpExporter()))
+    return provider
+
+
+def _resource(environment: Mapping[str, str]) -> Resource:
+    return Resource.create(
+        {SERVICE_NAME: environment.get("OTEL_SERVICE_NAME", "penstock"), SERVICE_VERSION: __version__}
+    )
 
 
 def _answer_attributes(record: RecordUsage) -> dict[str, AttributeValue]:

@@ -1,0 +1,113 @@
+"""Who used how much, from admission to bill: one object that the server tells of every stream."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.core.commands import RecordUsage
+from penstock.core.request import StreamRequest
+from penstock.settings import Settings, SettingsError
+from penstock.shell.auth import Caller
+from penstock.shell.ledgers import RedisLedger, connected
+from penstock.shell.rate_limits import Grant, RateLimits
+from penstock.shell.telemetry import StreamTrace, logger_provider
+from penstock.shell.usage_records import FileSink, OtlpSink, RedisSink, Sink, UsageRecords, billed_tokens, usage_record
+
+_log = logging.getLogger("penstock")
+
+# What a token of text is long, in bytes, when nobody has counted: about right for English, too few for most others.
+_BYTES_A_TOKEN = 4
+# How long Redis may take: a request waits for its limits, nobody waits for a record.
+_LIMITS_SECONDS = 0.5
+_RECORDS_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Account:
+    """One admitted stream. Close it once: by `end` with its bill, or by `drop` where nothing was begun."""
+
+    headers: dict[str, str]
+    _books: "Books"
+    _caller: Caller
+    _grant: Grant
+    _stream_id: str
+    _trace: StreamTrace
+
+    def end(self, ended: RecordUsage) -> None:
+        self._books.write(ended, self._grant, self._caller, self._stream_id, self._trace)
+
+    def drop(self) -> None:
+        self._books.limits.settle(self._grant, 0)
+
+
+class Books:
+    def __init__(self, limits: RateLimits, records: UsageRecords) -> None:
+        self.limits = limits
+        self._records = records
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, settings: Settings) -> AsyncIterator["Books"]:
+        """While the block runs they are kept; leaving it writes what waits. Raises `SettingsError`."""
+        url = settings.store.url.get_secret_value() if settings.store.url is not None else None
+        shared = RedisLedger(_redis(url, _LIMITS_SECONDS)) if url else None
+        limits = RateLimits(shared, settings.limits.without_store, reserve_tokens=settings.limits.reserve_tokens)
+        records = UsageRecords(settings.usage, await asyncio.to_thread(_sinks, settings, url))
+        tasks = [asyncio.create_task(work) for work in (records.keep_up(), limits.keep_up())]
+        try:
+            yield cls(limits, records)
+        finally:
+            records.close()
+            limits.close()
+            await asyncio.gather(*tasks)
+            if shared is not None:
+                await shared.close()
+
+    async def open(self, caller: Caller, stream_id: str, request: StreamRequest, trace: StreamTrace) -> Account:
+        """Counts the request before it costs anything. Raises `Problem` where its caller may not have it now."""
+        prompt = request.text_bytes // _BYTES_A_TOKEN
+        answer = None if request.max_tokens is None else max(0, request.max_tokens) * request.choices
+        grant = await self.limits.admit(caller, stream_id, prompt, answer)
+        return Account(grant.headers, self, caller, grant, stream_id, trace)
+
+    def write(self, ended: RecordUsage, grant: Grant, caller: Caller, stream_id: str, trace: StreamTrace) -> None:
+        bill, usage = self._records.bill, ended.usage
+        self.limits.settle(grant, billed_tokens(usage, bill))
+        self._records.add(usage_record(ended, bill, stream_id=stream_id, trace=trace, principal=caller.name))
+        _log.info(
+            "stream %s ended %s: principal=%s model=%s prompt=%d completion=%d delivered=%d estimated=%s seconds=%.3f",
+            stream_id,
+            ended.ending.value if ended.error_code is None else ended.error_code,
+            caller.name,
+            ended.model,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.delivered_tokens,
+            usage.estimated,
+            ended.duration_seconds,
+        )
+
+
+def _sinks(settings: Settings, url: str | None) -> list[Sink]:
+    usage = settings.usage
+    sinks: list[Sink] = []
+    if usage.file is not None:
+        sinks.append(FileSink.checked(usage.file))
+    if usage.redis_stream is not None and url:
+        sinks.append(RedisSink(_redis(url, _RECORDS_SECONDS), usage.redis_stream, usage.redis_stream_records))
+    if usage.otlp:
+        sinks.append(OtlpSink(logger_provider(os.environ)))
+    return sinks
+
+
+def _redis(url: str, seconds: float) -> Any:
+    try:
+        return connected(url, seconds)
+    except ImportError:
+        raise SettingsError("store.url: needs the extra `redis`: pip install 'penstock[redis]'") from None
+    except ValueError as error:
+        raise SettingsError(f"store.url: {error}; give a URL like redis://redis:6379/0") from None
