@@ -88,7 +88,7 @@ def engine_app(answer: Handler) -> tuple[web.Application, Seen]:
     async def health(_: web.Request) -> web.Response:
         return web.Response(status=200 if seen.healthy else 503)
 
-    app = web.Application()
+    app = web.Application(client_max_size=32 * 2**20)
     app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models), web.get("/health", health)])
     return app, seen
 

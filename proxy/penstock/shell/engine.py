@@ -1,6 +1,7 @@
 """The connection to one vLLM server."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from penstock.shell.tagged import PluginConnection
 # How long an answer about the engine's health is good for a stream that asks, and how long to wait for one.
 _HEALTH_SECONDS = 1.0
 _HEALTH_TIMEOUT = 2.0
+_LARGE_BYTES = 2**20
 # A list of models is some kilobytes; an engine that says more is not believed the rest.
 _MOST_SMALL_BYTES = 4 * 2**20
 
@@ -65,7 +67,9 @@ class Engine:
         """
         merged = {"Content-Type": "application/json", **self._authorization(headers), **headers}
         try:
-            async with self._session.post(self._base.joinpath(path), data=body, headers=merged) as answer:
+            # A file is sent in pieces; aiohttp warns of as much in one write, which would hold up all other streams.
+            data = body if len(body) <= _LARGE_BYTES else io.BytesIO(body)
+            async with self._session.post(self._base.joinpath(path), data=data, headers=merged) as answer:
                 self.note(answer.status < 500)
                 yield answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
