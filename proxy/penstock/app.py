@@ -46,7 +46,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        listening = _listen(settings.listen.host, settings.listen.port)
+        listening = _listen(settings.listen.host, settings.listen.port, settings.slow_client.socket_bytes)
         await web.SockSite(runner, listening).start()
         yield server, _url(listening)
         await server.drain()
@@ -81,10 +81,12 @@ def _stop_signal() -> asyncio.Event:
     return stop
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, socket_bytes: int) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Handed on to every connection that it accepts (socket(7)). Left to itself the kernel takes up to 4 MB a client.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, socket_bytes)
     try:
         listening.bind(address)
     except OSError as error:

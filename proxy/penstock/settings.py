@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 from penstock.access_settings import Auth, UsageSettings
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
+from penstock.core.pacing import Measure, SlowClient
 
 _PREFIX = "PENSTOCK_"
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
@@ -167,7 +168,7 @@ class Limits(_Part):
     line_bytes: int = Field(2**20, ge=1024, description="longest line or event that an engine may send")
     tool_call_bytes: int = Field(2**20, ge=1024, description="bytes of one tool call after which its stream is ended")
     stream_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of one stream after which it is ended")
-    buffer_bytes: int = Field(256 * 2**10, ge=1024, description="bytes that may wait for a client that reads slowly")
+    buffer_bytes: int = Field(256 * 2**10, ge=4096, description="bytes that may wait for a client that reads slowly")
     stream_seconds: float = Field(600, gt=0, description="seconds after which a stream is ended")
     streams: int = Field(2000, ge=1, description="open streams of this replica, past which new ones get 503")
     streams_per_key: int = Field(
@@ -182,6 +183,16 @@ class Limits(_Part):
     )
     without_store: Literal["local", "refuse"] = Field(
         "local", description="when store.url is gone, limits of keys: each replica counts alone, or 503"
+    )
+
+
+class SlowClientSettings(_Part):
+    measures: list[Measure] = Field(
+        ["merge", "shed", "pause", "cut"], description="what is done, in this order; limits.buffer_bytes holds anyhow"
+    )
+    stall_seconds: float = Field(30, gt=0, description="cut: a client that takes nothing for so long is cut off")
+    socket_bytes: int = Field(
+        128 * 2**10, ge=4096, description="send buffer of each client's socket; the kernel doubles it"
     )
 
 
@@ -215,6 +226,9 @@ class Settings(_Part):
     families: dict[str, FamilySettings] = Field(default_factory=dict, description="model families added without code")
     auth: Auth = Field(Auth(), description="who may use this")
     limits: Limits = Field(Limits(), description="caps, in bytes and seconds")
+    slow_client: SlowClientSettings = Field(
+        SlowClientSettings(), description="what is done about clients that read slowly"
+    )
     timing: Timing = Field(Timing(), description="times, in seconds")
     routing: Routing = Field(Routing(), description="which of several engines answers")
     store: StoreSettings = Field(
@@ -266,6 +280,11 @@ class Settings(_Part):
             return ip_address(self.listen.host).is_loopback
         except ValueError:
             return False  # a name, and names may lead anywhere
+
+    @property
+    def pacing(self) -> SlowClient:
+        slow = self.slow_client
+        return SlowClient(frozenset(slow.measures), self.limits.buffer_bytes, slow.stall_seconds)
 
     def all_families(self) -> tuple[Family, ...]:
         """The families of the settings first, then the built-in ones."""

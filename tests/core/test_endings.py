@@ -15,10 +15,11 @@ from opentelemetry.trace import StatusCode
 
 from penstock.core.commands import AbortEngine, Ending, OpenClient, RecordUsage, Respond
 from penstock.core.errors import EngineError, LimitReached
+from penstock.core.pacing import SlowClient
 from penstock.core.signals import (
     Broke,
     Cancelled,
-    ClientLagged,
+    ClientBacklog,
     ClientLeft,
     ClockTicked,
     Draining,
@@ -89,7 +90,10 @@ CASES: dict[Key, Case] = {
     ("cap_reached", "`limits.tool_call_bytes`"): Case(
         [tool(name="f", call_id="c", arguments="{" + " " * 2048, tokens=2)], bounds={"tool_call_bytes": 2048}
     ),
-    ("client_too_slow", "`limits.buffer_bytes`"): Case([ClientLagged(NOW)]),
+    ("client_too_slow", "`limits.buffer_bytes`"): Case(
+        [ClientBacklog(2**17, NOW)], bounds={"slow_client": SlowClient(frozenset(), 2**16, 30.0)}
+    ),
+    ("client_too_slow", "`slow_client.stall_seconds`"): Case([ClientBacklog(2**19, NOW), ClockTicked(NOW + 30.0)]),
     ("time_limit", "`limits.stream_seconds`"): told(ClockTicked(LATER)),
     ("refused", "the engine answered with an error status"): told(
         EngineRefused(ENGINES_STATUS, b'{"error": {"message": "no"}}', NOW), before=HEAD_SENT

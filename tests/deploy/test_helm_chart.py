@@ -156,6 +156,7 @@ def test_settings_come_from_the_values() -> None:
         "families": {"planner": family},
         "auth": {"keys_file": "/etc/penstock/auth/keys.txt", "allow_anonymous": False},
         "limits": defaults["limits"],
+        "slow_client": defaults["slow_client"],
         "timing": defaults["timing"],
     }
 

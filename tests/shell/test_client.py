@@ -1,6 +1,7 @@
 """Clients that read slowly or not at all: the engine waits for them, memory is bounded, and none stays for ever."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,8 +10,8 @@ from aiohttp import web
 from penstock.core.verifier import parse_log, verify
 from support import chunks
 from support.http_client import NDJSON, chat
-from support.sockets import settled, unread, until
-from support.upstreams import Setup, engine_app, in_front_of, opened
+from support.sockets import RawClient, connections, settled, unread, until
+from support.upstreams import Setup, answering, engine_app, in_front_of, opened, saying
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 
@@ -99,3 +100,116 @@ async def test_a_delete_stops_the_engine_of_a_client_that_never_reads(tap: Tap) 
         assert (await setup.caller.delete(stream_id.decode())).status == 204
         await until(lambda: tap.seen.open == 0)
         await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_client_that_takes_nothing_is_cut_off_after_the_stall_time(tap: Tap, route: str) -> None:
+    bounds = {"limits__stream_bytes": 2**30, "slow_client__stall_seconds": 0.4, "timing__closing_seconds": 0.2}
+    async with in_front_of(tap.app, None, **bounds) as setup:
+        neighbour = asyncio.create_task(setup.caller.post(route, chat(stream=True)))
+        async with unread(setup.caller.url, route, chat(stream=True)):
+            await until(lambda: tap.seen.requests == 2)
+            assert (await neighbour).body.count(b"x") >= PIECES * len(TEXT)
+            await until(lambda: setup.sidecar.server.open_streams == 0)
+            assert tap.seen.left == 1
+    assert tap.sent < 2 * PIECES
+
+
+async def test_a_client_that_was_cut_off_can_read_why(tap: Tap) -> None:
+    bounds = {"limits__stream_bytes": 2**30, "slow_client__stall_seconds": 0.4, "timing__closing_seconds": 10}
+    async with (
+        in_front_of(tap.app, None, **bounds) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()) as client,
+    ):
+        await until(lambda: tap.seen.left == 1)
+        answer = await client.read_until(b"0\r\n\r\n")
+    assert b'"code":"client_stalled"' in answer
+    assert b'"retryable":true' in answer
+    assert answer.count(b'"type":"stream.end"') == 1
+
+
+async def test_what_waits_for_a_client_counts_as_held(tap: Tap) -> None:
+    """A replica whose clients read nothing takes no more of them than it has room for."""
+    bounds = {"limits__stream_bytes": 2**30, "limits__held_bytes": 300_000}
+    async with (
+        in_front_of(tap.app, None, **bounds) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()),
+        unread(setup.caller.url, "/v1/streams", chat()),
+    ):
+        await until(lambda: tap.seen.requests == 2)
+        await settled(lambda: tap.sent)
+        answer = await setup.caller.stream()
+        assert (answer.status, answer.error["code"]) == (503, "too_many_bytes")
+    await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
+async def test_a_client_that_takes_the_end_slowly_is_given_the_time() -> None:
+    """Some 200 kB wait when the engine is done; they take far longer than one closing time, but they move."""
+    app, _ = engine_app(saying(*chunks.answer_of(["x" * 20_000] * 10)))
+    async with (
+        in_front_of(app, None, timing__closing_seconds=0.3, slow_client__socket_bytes=4096) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()) as client,
+    ):
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += await client.read_some(2000)
+            await asyncio.sleep(0.01)
+    assert received.count(b"x") >= 200_000
+    assert b'"status":"completed","finish_reasons"' in received
+
+
+async def test_a_client_that_does_not_take_the_end_is_dropped() -> None:
+    app, _ = engine_app(saying(*chunks.answer_of(["x" * 20_000] * 10)))
+    async with (
+        in_front_of(app, None, timing__closing_seconds=0.3, slow_client__socket_bytes=4096) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()) as client,
+    ):
+        await until(lambda: setup.sidecar.server.open_streams == 1)
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+        assert not (await client.read_all()).endswith(b"0\r\n\r\n")
+
+
+async def sip(client: RawClient) -> None:
+    """Reads on, but hardly."""
+    data = b"first"
+    while data:
+        await asyncio.sleep(0.02)
+        data = await client.read_some(200)
+
+
+async def test_a_stop_does_not_wait_for_a_client_that_takes_the_end_slowly() -> None:
+    app, _ = engine_app(saying(*chunks.answer_of(["x" * 20_000] * 10)))
+    clock = asyncio.get_running_loop()
+    async with (
+        in_front_of(app, None, timing__closing_seconds=0.3, slow_client__socket_bytes=4096) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()) as client,
+    ):
+        assert b" 200 OK" in await client.read_head()
+        sipping = asyncio.create_task(sip(client))
+        started = clock.time()
+        await setup.sidecar.server.drain()
+        assert clock.time() - started < 2
+        await sipping
+
+
+async def test_the_whole_answer_of_a_client_that_never_reads_is_not_kept_for_ever() -> None:
+    app, _ = engine_app(answering(chunks.whole({"content": "x" * 3_000_000})))
+    async with (
+        in_front_of(app, None, timing__closing_seconds=0.3) as setup,
+        unread(setup.caller.url, "/v1/chat/completions", chat()),
+    ):
+        await until(lambda: setup.sidecar.server.open_streams == 1)
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+
+
+async def test_every_connection_has_the_send_buffer_of_the_settings(tap: Tap) -> None:
+    async with (
+        in_front_of(tap.app, None, slow_client__socket_bytes=65536) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()),
+    ):
+        await until(lambda: setup.sidecar.server.open_streams == 1)
+        found = connections(local_port=int(setup.caller.url.rpartition(":")[2]))
+        sizes = {connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for connection in found}
+        for connection in found:
+            connection.close()
+    assert sizes == {2 * 65536}, "the kernel doubles what it is asked for, for its own accounts"

@@ -19,6 +19,7 @@ from penstock.core.commands import Command, OpenClient, Respond, SendToClient
 from penstock.core.dialects.native import NativeNdjson
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import FAMILIES, choose_family
+from penstock.core.pacing import SlowClient
 from penstock.core.recording import Recording, parse_recording
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, Signal
@@ -32,7 +33,7 @@ BOUNDS: Final = Bounds(
     line_bytes=1 << 20,
     tool_call_bytes=1 << 20,
     stream_bytes=1 << 24,
-    buffer_bytes=1 << 18,
+    slow_client=SlowClient(frozenset(), 1 << 18, 30.0),
     stream_seconds=600.0,
     first_byte_seconds=1.0,
     heartbeat_seconds=15.0,

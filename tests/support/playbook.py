@@ -33,6 +33,7 @@ from penstock.core.errors import EngineError
 from penstock.core.events import Usage
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import FAMILIES, Family, State, choose_family, thinking_family
+from penstock.core.pacing import SlowClient
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal
 from penstock.core.verifier import Verifier, verify
@@ -45,11 +46,12 @@ DialectName = Literal["ndjson", "sse", "folded", "chat", "chat_whole"]
 STREAM_ID = "st_00112233445566778899aabbccddeeff"
 STARTED = 100.0
 EPOCH_MS = 1_000_000
+PATIENT = SlowClient(frozenset({"merge", "shed", "pause", "cut"}), buffer_bytes=1 << 20, stall_seconds=30.0)
 GENEROUS = Bounds(
     line_bytes=1 << 20,
     tool_call_bytes=1 << 24,
     stream_bytes=1 << 24,
-    buffer_bytes=1 << 20,
+    slow_client=PATIENT,
     stream_seconds=600.0,
     first_byte_seconds=1.0,
     heartbeat_seconds=15.0,
@@ -167,6 +169,7 @@ def open_exchange(
     family: Family | str | None = None,
     reasoning: ReasoningPolicy | None = None,
     bounds: Bounds = GENEROUS,
+    is_logged: bool = True,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
@@ -175,7 +178,8 @@ def open_exchange(
     chosen = named if isinstance(named, Family) else choose_family(ALL_FAMILIES, request.model, named)
     assert chosen is not None
     policy = reasoning or request.reasoning or "separate"
-    setting = Setting(STREAM_ID, "vllm", None, chosen, policy, replace(bounds, **changed_bounds), STARTED, EPOCH_MS)
+    changed = replace(bounds, **changed_bounds)
+    setting = Setting(STREAM_ID, "vllm", None, chosen, policy, changed, STARTED, EPOCH_MS, is_logged=is_logged)
     return Exchange(request, setting, spelling(dialect, request))
 
 

@@ -91,6 +91,10 @@ class RawClient:
             received += await self._read(1024)
         return received.partition(b"\r\n\r\n")[0]
 
+    async def read_some(self, most: int) -> bytes:
+        """What comes next, up to `most` bytes; nothing where the other side has closed."""
+        return await self._read(most)
+
     async def _read(self, most: int = 65536) -> bytes:
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):

@@ -13,7 +13,7 @@ from penstock.core.errors import EngineError
 from penstock.core.signals import (
     Broke,
     Cancelled,
-    ClientLagged,
+    ClientBacklog,
     ClientLeft,
     ClockTicked,
     Draining,
@@ -347,7 +347,8 @@ def signals(draw: st.DrawFn) -> Signal:
     kinds: list[Callable[[], Signal]] = [
         lambda: EngineClosed(draw(st.sampled_from([None, _RESET])), now),
         lambda: ClientLeft(now),
-        lambda: ClientLagged(now),
+        lambda: ClientBacklog(draw(st.sampled_from([0, 1, 2**17, 2**19, 2**22])), now),
+        lambda: ClientBacklog(draw(st.sampled_from([0, 2**19])), now),
         lambda: Cancelled(now),
         lambda: Draining(now),
         lambda: Broke(now),

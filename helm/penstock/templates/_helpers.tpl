@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- $listen := dict "host" "0.0.0.0" "port" (include "penstock.port" . | int) -}}
 {{- $settings := dict "listen" $listen "upstreams" (list .Values.upstream) "auth" $auth -}}
-{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "timing") -}}
+{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
 

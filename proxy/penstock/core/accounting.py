@@ -71,6 +71,17 @@ class Accounting:
                 self._engine_was_final = item.final
         return [i for i in items if not isinstance(i, Withheld | EngineUsage)] if consumed else items
 
+    def take_back(self, items: list[Event]) -> None:
+        """`items` were counted as delivered and then never sent: their client is gone."""
+        for item in items:
+            if not isinstance(item, Text | ToolArguments):
+                continue
+            size = utf8_size(item.text)
+            self._sizes["delivered"] -= size
+            self._delivered_tokens -= item.tokens
+            if isinstance(item, Text) and item.added:
+                self._sizes["added"] -= size
+
     def usage(self, *, final: bool, cancelled: bool = False) -> Usage:
         """The counts so far. `estimated` unless the engine gave its total for the whole request."""
         engine, exact = self._engine, self._engine_was_final

@@ -63,6 +63,16 @@ class TryAnotherEngine:
 
 
 @dataclass(slots=True)
+class PauseEngine:
+    """Read no more of the engine's answer until `ResumeEngine`; what was read is still told."""
+
+
+@dataclass(slots=True)
+class ResumeEngine:
+    """Read on."""
+
+
+@dataclass(slots=True)
 class AskEngineHealth:
     """The engine has been silent for long: tell `EngineClosed` if its health check fails, nothing if it passes.
 
@@ -99,7 +109,12 @@ class RecordUsage:
 
 @dataclass(slots=True)
 class Close:
-    """Finish the client's answer; nothing follows."""
+    """Finish the client's answer; nothing follows.
+
+    `patient`: a whole answer waits for as long as its reader takes some of it; any other ending has one deadline.
+    """
+
+    patient: bool = False
 
 
 Command = (
@@ -108,6 +123,8 @@ Command = (
     | Respond
     | AbortEngine
     | TryAnotherEngine
+    | PauseEngine
+    | ResumeEngine
     | AskEngineHealth
     | WakeAt
     | RecordUsage

@@ -1,7 +1,7 @@
 """THE JOURNEY: one request, from the engine's bytes to the client's, and its single ending.
 
     engine bytes -> reader -> channels -> stop strings -> tools -> moderation -> accounting -> blocks
-                 -> numbered and spelled in the client's dialect -> client bytes
+                 -> pacing -> numbered and spelled in the client's dialect -> client bytes
 
 The shell tells it signals and carries out its commands, in their order. Nothing else knows the order of the
 steps, and no two steps know each other.
@@ -22,8 +22,10 @@ from penstock.core.commands import (
     Command,
     Ending,
     OpenClient,
+    PauseEngine,
     RecordUsage,
     Respond,
+    ResumeEngine,
     SendToClient,
     TryAnotherEngine,
     WakeAt,
@@ -53,11 +55,12 @@ from penstock.core.events import (
 )
 from penstock.core.families import Family
 from penstock.core.moderation import Moderation
+from penstock.core.pacing import Pacing, SlowClient
 from penstock.core.request import StreamRequest
 from penstock.core.signals import (
     Broke,
     Cancelled,
-    ClientLagged,
+    ClientBacklog,
     ClientLeft,
     ClockTicked,
     Draining,
@@ -89,7 +92,7 @@ class Bounds:
     line_bytes: int
     tool_call_bytes: int
     stream_bytes: int
-    buffer_bytes: int
+    slow_client: SlowClient
     stream_seconds: float
     first_byte_seconds: float
     heartbeat_seconds: float
@@ -112,6 +115,8 @@ class Setting:
     """Reads the plugin's records, where the engine sends those instead of its own chunks."""
     resumable_until: int | None = None
     """Unix milliseconds until which the log is kept at least; None where there is no log."""
+    is_logged: bool = True
+    """Whether events are kept, so that one that no client took was not said in vain."""
 
 
 class _Phase(Enum):
@@ -146,6 +151,7 @@ class Exchange:
         self._moderation = Moderation()
         self._accounting = Accounting()
         self._blocks = Blocks()
+        self._pacing = Pacing(setting.bounds.slow_client)
         self._dialect = spell(self._accounting.tokens_of)
         self._begun: StreamStarted | None = None
         self._seq = 0
@@ -165,8 +171,18 @@ class Exchange:
     def is_over(self) -> bool:
         return self._phase is _Phase.OVER
 
+    @property
+    def client_lags(self) -> bool:
+        """Whether the shell is to tell `ClientBacklog` when the client has room again."""
+        return self._pacing.lags and self._phase is not _Phase.OVER
+
+    @property
+    def held_bytes(self) -> int:
+        """What waits in here for a client that lags."""
+        return self._pacing.held_bytes
+
     def start(self) -> list[Command]:
-        return [self._next_wake()]
+        return [self._next_wake(self._setting.started)]
 
     def receive(self, signal: Signal) -> list[Command]:
         """What to do about a signal, in order. Never raises on anything that came from outside."""
@@ -192,8 +208,8 @@ class Exchange:
                 return self._tick(signal.now)
             case ClientLeft():
                 return self._leave(Ending.CLIENT_GONE, signal.now)
-            case ClientLagged():
-                return self._fail(Ending.CLIENT_TOO_SLOW, self._lag(), signal.now)
+            case ClientBacklog():
+                return self._client_backlog(signal)
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
             case Draining():
@@ -211,9 +227,7 @@ class Exchange:
         """One read of the engine, taken all the way."""
         self._last_heard = now
         items, done, failure = self._sort(heard)
-        items = self._travel(items)
-        self._tick_usage(items, now)
-        commands = self._send(items, now)
+        commands = self._send(self._travel(items, now), now)
         if failure is not None and self._is_untouched() and failure.status >= 500:
             return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
@@ -224,9 +238,9 @@ class Exchange:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
         if self._tools.longest_call > self._setting.bounds.tool_call_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._call_cap(), now)
-        return commands
+        return commands + self._pace(now) if self._pacing.lags else commands
 
-    def _travel(self, items: list[Event]) -> list[Event]:
+    def _travel(self, items: list[Event], now: float) -> list[Event]:
         """Through the steps, in the one order there is."""
         self._accounting.generated(items)
         items = self._channels.feed(items)
@@ -234,7 +248,9 @@ class Exchange:
         items = self._tools.feed(items)
         items = self._moderation.feed(items)
         items = self._accounting.feed(items)
-        return self._blocks.feed(items)
+        items = self._blocks.feed(items)
+        self._tick_usage(items, now)
+        return self._pacing.feed(items)
 
     def _let_go(self) -> list[Event]:
         """What the steps still hold, when no more will come: text, and calls that stay unfinished."""
@@ -342,6 +358,22 @@ class Exchange:
                 ext.delta |= waiting.delta
         return ext
 
+    def _client_backlog(self, signal: ClientBacklog) -> list[Command]:
+        if self._phase is not _Phase.OPEN:
+            return []  # nothing was sent, so nothing can wait
+        commands = self._send(self._pacing.told(signal.unsent, signal.now), signal.now)
+        return [*commands, *self._pace(signal.now), *self._wake_again(signal.now)]
+
+    def _pace(self, now: float) -> list[Command]:
+        """What a client that lags, or lags no more, means for the engine and for itself."""
+        if self._pacing.must_pause(shared=self._tagged is not None):
+            return [PauseEngine()]
+        if self._pacing.may_resume():
+            self._last_heard = now
+            return [ResumeEngine()]
+        problem = self._pacing.verdict(now)
+        return self._fail(Ending.CLIENT_TOO_SLOW, problem, now) if problem else []
+
     # -- time --------------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> list[Command]:
@@ -359,29 +391,36 @@ class Exchange:
                 commands.append(OpenClient(self._dialect.preamble))
         elif self._dialect.streams and now >= self._last_write + bounds.heartbeat_seconds:
             self._last_write = now
-            commands.append(SendToClient(self._dialect.heartbeat))
+            if not self._pacing.lags:  # whoever lags has enough to read
+                commands.append(SendToClient(self._dialect.heartbeat))
         if now >= self._last_heard + bounds.engine_silence_seconds:
             self._last_heard = now
-            commands.append(AskEngineHealth())
-        return [*commands, self._next_wake()]
+            if not self._pacing.is_paused:  # its silence is our doing
+                commands.append(AskEngineHealth())
+        return [*commands, *self._pace(now), *self._wake_again(now)]
 
-    def _next_wake(self) -> WakeAt:
+    def _wake_again(self, now: float) -> list[Command]:
+        return [] if self._phase is _Phase.OVER else [self._next_wake(now)]
+
+    def _next_wake(self, now: float) -> WakeAt:
         bounds, started = self._setting.bounds, self._setting.started
         when = min(started + bounds.stream_seconds, self._last_heard + bounds.engine_silence_seconds)
         if self._dialect.streams:
             waiting = self._phase is _Phase.WAITING
             idle = started + bounds.first_byte_seconds if waiting else self._last_write + bounds.heartbeat_seconds
             when = min(when, idle)
-        return WakeAt(when)
+        look = self._pacing.next_look(now)
+        return WakeAt(when if look is None else min(when, look))
 
     # -- endings -----------------------------------------------------------------------------------
 
     def _engine_closed(self, signal: EngineClosed) -> list[Command]:
         items, _, _ = self._sort((self._tagged or self._reader).close())
-        commands = self._send(self._travel(items), signal.now)
+        commands = self._send(self._travel(items, signal.now), signal.now)
         problem = signal.problem
         if problem is None and self._has_finished():
-            commands += self._send([Warned("missing_done", "the engine closed without its end mark")], signal.now)
+            warned = Warned("missing_done", "the engine closed without its end mark")
+            commands += self._send(self._pacing.feed([warned]), signal.now)
             return commands + self._conclude(signal.now, engine_is_done=True)
         if problem is None:
             problem = EngineError("engine_incomplete", "the engine's answer ended without saying how it finished")
@@ -422,10 +461,12 @@ class Exchange:
 
     def _leave(self, ending: Ending, now: float) -> list[Command]:
         """Nobody reads any more. What is said to nobody goes into the log, so that whoever comes back learns of it."""
-        if self._phase is _Phase.OPEN:
+        if self._phase is _Phase.OPEN and self._setting.is_logged:
             return self._end(ending, None, now)
         self._phase = _Phase.OVER
-        unsent = size_of(self._let_go())
+        held = self._pacing.let_go()
+        self._accounting.take_back(held)
+        unsent = size_of(held) + size_of(self._let_go())
         usage = self._accounting.usage(final=True, cancelled=True)
         return [AbortEngine(), self._record(ending, usage, None, now, unsent), Close()]
 
@@ -468,7 +509,8 @@ class Exchange:
     def _finish(
         self, events: list[Event], ending: Ending, status: StreamStatus, failure: Failed | None, now: float
     ) -> list[Command]:
-        """The last words of every stream: its final usage and its end."""
+        """The last words of every stream: what still waits for its client, its final usage and its end."""
+        events = self._pacing.let_go() + events
         usage = self._accounting.usage(final=True, cancelled=failure is None and status == "cancelled")
         started = self._setting.started
         ttft = None if self._first_text is None else int((self._first_text - started) * 1000)
@@ -481,7 +523,8 @@ class Exchange:
             code, body = self._dialect.whole()
             commands = [Respond(code, body, {})]
         self._phase = _Phase.OVER
-        return [*commands, self._record(ending, usage, failure.code if failure else None, now), Close()]
+        record = self._record(ending, usage, failure.code if failure else None, now)
+        return [*commands, record, Close(patient=ending is Ending.COMPLETED)]
 
     def _respond_problem(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         """Nothing was sent yet, so the failure is a real HTTP status."""
@@ -520,10 +563,6 @@ class Exchange:
         cap = self._setting.bounds.tool_call_bytes
         message = f"a tool call reached {cap} bytes, the limit of this deployment (limits.tool_call_bytes)"
         return LimitReached("tool_call_bytes_limit", message)
-
-    def _lag(self) -> LimitReached:
-        message = f"more than {self._setting.bounds.buffer_bytes} bytes wait for a client that does not read"
-        return LimitReached("client_too_slow", f"{message} (limits.buffer_bytes)", retryable=True)
 
     def _new_call_id(self, choice: int, index: int) -> str:
         return f"call_{self._setting.stream_id[-24:]}_{choice}_{index}"

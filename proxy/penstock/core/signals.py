@@ -76,9 +76,14 @@ class ClientLeft:
 
 
 @dataclass(slots=True)
-class ClientLagged:
-    """More than the stream's cap waits for a client that does not read."""
+class ClientBacklog:
+    """`unsent` bytes wait in the client's connection.
 
+    Told when a write leaves more than the high-water mark there, then before each `ClockTicked`, and when the
+    low-water mark is reached again, as often as the client still lags.
+    """
+
+    unsent: int
     now: float
 
 
@@ -119,7 +124,7 @@ Signal = (
     | EngineRefused
     | EngineClosed
     | ClientLeft
-    | ClientLagged
+    | ClientBacklog
     | Cancelled
     | Draining
     | Broke

@@ -24,21 +24,23 @@ class Place:
     def __init__(self, admission: "Admission", principal: str) -> None:
         self.principal = principal
         self._admission = admission
-        self._held = 0
+        self._request = 0
+        self._waiting = 0
 
     def hold(self, size: int) -> None:
-        """Counts `size` more bytes. Raises `Overloaded` where all streams, or those of this key, hold too many."""
+        """`size` more bytes of the request. Raises `Overloaded` where all streams, or this caller's, hold too many."""
         self._admission.check_bytes(self.principal, size)
-        self.holds(self._held + size)
+        self._admission.count_bytes(self.principal, size)
+        self._request += size
 
-    def holds(self, size: int) -> None:
-        """What this stream holds now, whatever the caps say: bytes that are here already cannot be refused."""
-        self._admission.count_bytes(self.principal, size - self._held)
-        self._held = size
+    def wait(self, size: int) -> None:
+        """`size` bytes of the answer wait for a client that lags; they are bounded by themselves, so never refused."""
+        self._admission.count_bytes(self.principal, size - self._waiting)
+        self._waiting = size
 
-    @property
-    def held(self) -> int:
-        return self._held
+    def leave(self) -> None:
+        self._admission.count_bytes(self.principal, -self._request - self._waiting)
+        self._request = self._waiting = 0
 
 
 class Admission:
@@ -62,7 +64,7 @@ class Admission:
         try:
             yield place
         finally:
-            place.holds(0)
+            place.leave()
             self._streams -= 1
             self._streams_of[name] -= 1
             if not self._streams_of[name]:

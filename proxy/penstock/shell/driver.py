@@ -12,15 +12,17 @@ from penstock.core.commands import (
     Close,
     Command,
     OpenClient,
+    PauseEngine,
     RecordUsage,
     Respond,
+    ResumeEngine,
     SendToClient,
     TryAnotherEngine,
     WakeAt,
 )
 from penstock.core.errors import EngineError
 from penstock.core.exchange import Exchange
-from penstock.core.signals import Broke, ClientLagged, ClientLeft, ClockTicked, EngineClosed, Signal
+from penstock.core.signals import Broke, ClientBacklog, ClientLeft, ClockTicked, Draining, EngineClosed, Signal
 from penstock.shell.client import ClientGone
 from penstock.shell.sources import Source
 from penstock.shell.streams import Outlet
@@ -31,7 +33,11 @@ _Write = OpenClient | SendToClient | Respond | Close
 
 
 class Driver:
-    """One stream from its first byte to its bill. `run` it once; `tell` it what comes from elsewhere."""
+    """One stream from its first byte to its bill. `run` it once; `tell` it what comes from elsewhere.
+
+    Nothing here waits for the client but the head and the end of its answer. `holds` is told how many bytes wait for
+    a client that lags.
+    """
 
     def __init__(
         self,
@@ -41,25 +47,25 @@ class Driver:
         *,
         stream_id: str,
         closing_seconds: float,
-        buffer_bytes: int,
         record: Callable[[RecordUsage], None],
+        holds: Callable[[int], None],
     ) -> None:
         self._exchange = exchange
         self._client = client
         self._source = source
         self._stream_id = stream_id
         self._closing_seconds = closing_seconds
-        self._buffer_bytes = buffer_bytes
         self._record = record
+        self._holds = holds
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._last_call: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[None]] = set()
-        # Writes that wait for a client without room, and the bytes in them: at most `buffer_bytes` and one ending.
+        # Writes behind one that has to be awaited: the head, a whole answer, the end.
         self._inbox: deque[list[_Write]] = deque()
-        self._waiting_bytes = 0
         self._emptying = False
+        self._is_watched = False  # somebody waits for the client to have room
+        self._hurried = asyncio.Event()
         self._closed = asyncio.Event()
 
     @property
@@ -82,100 +88,48 @@ class Driver:
             await asyncio.wait({self._conversation})
             raise
         finally:
-            for timer in (self._timer, self._last_call):
-                if timer is not None:
-                    timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
 
     async def tell(self, signal: Signal) -> None:
-        """A signal from outside the conversation: the clock, a `DELETE`, the drain. Raises nothing of its client's."""
-        await self._quietly(self._take(signal))
+        """A signal from outside the conversation: a `DELETE`, the drain. Raises nothing of its client's."""
+        if isinstance(signal, Draining):
+            self._hurried.set()
+        self._take(signal)
 
-    async def _take(self, signal: Signal) -> None:
-        was_over = self._exchange.is_over
-        commands = self._exchange.receive(signal)
-        if self._emptying:
-            self._keep(commands)
-            return
-        await self._obey(commands)
-        if self._exchange.is_over and not was_over and self._conversation is not None:
-            self._conversation.cancel()
-
-    # -- what the source tells ---------------------------------------------------------------------
-
-    async def hear(self, signal: Signal) -> None:
-        """The hot path of plain chunks: one read, one walk through the core, one write."""
-        commands = self._exchange.receive(signal)
-        if commands and not self._sent_at_once(commands):
-            await self._obey(commands)
-
-    def hear_now(self, signal: Signal) -> None:
-        """The hot path of tagged tokens, in the task of the connection that all streams share."""
+    def hear(self, signal: Signal) -> None:
+        """The hot path: one read of the engine, one walk through the core, one write."""
         try:
-            commands = self._exchange.receive(signal)
-            if commands and (self._emptying or not self._sent_at_once(commands)):
-                self._keep(commands)
+            self._do(self._exchange.receive(signal))
         except ClientGone:
             self._client_left()
         except Exception:
             self._break()
+
+    def _take(self, signal: Signal) -> None:
+        """A signal that does not come from the source: if it ends the stream, the source is not listened to."""
+        was_over = self._exchange.is_over
+        self.hear(signal)
+        if self._exchange.is_over and not was_over:
+            self._stop_conversation()
 
     async def wait_until_closed(self) -> None:
         await self._closed.wait()
 
-    def _sent_at_once(self, commands: list[Command]) -> bool:
-        if len(commands) != 1:
-            return False
-        command = commands[0]
-        return isinstance(command, SendToClient) and self._client.send_now(command.data, command.seq)
+    # -- what the exchange asks for ----------------------------------------------------------------
 
-    def _keep(self, commands: list[Command]) -> None:
-        """Acts, and puts the writes behind those that wait; a client that lets more wait than its cap is cut off."""
-        writes = self._act(commands)
-        if not writes:
-            return
-        self._inbox.append(writes)
-        self._waiting_bytes += _size(writes)
-        if self._exchange.is_over:
-            # Whoever does not take the last bytes in time loses them; dropping the client ends the waiting write.
-            self._last_call = self._loop.call_later(self._closing_seconds, self._client.abort)
-        elif self._waiting_bytes > self._buffer_bytes:
-            self._keep(self._exchange.receive(ClientLagged(self._loop.time())))
-        if not self._emptying:
-            self._emptying = True
-            self._in_background(self._empty_inbox())
-
-    async def _empty_inbox(self) -> None:
-        try:
-            while self._inbox:
-                writes = self._inbox.popleft()
-                await self._write(writes)
-                self._waiting_bytes -= _size(writes)
-        finally:
-            self._emptying = False
-
-    # -- the conversation --------------------------------------------------------------------------
-
-    async def _converse(self) -> None:
-        try:
-            await self._obey(self._exchange.start())
-            await self._source.speak(self)
-        except ClientGone:
-            self._client_left()
-        except asyncio.CancelledError:
-            if not self._exchange.is_over:
-                raise
-        except Exception:
-            self._break()
-
-    def _break(self) -> None:
-        _log.exception("stream %s: internal error", self._stream_id)
-        self._keep(self._exchange.receive(Broke(self._loop.time())))
-
-    async def _obey(self, commands: list[Command]) -> None:
-        await self._write(self._act(commands))
+    def _do(self, commands: list[Command]) -> None:
+        if len(commands) == 1 and not self._emptying:
+            command = commands[0]
+            if isinstance(command, SendToClient):
+                if not self._client.send(command.data, command.seq):
+                    self._watch_backlog()
+                return
+        if commands and (writes := self._act(commands)):
+            self._put(writes)
 
     def _act(self, commands: list[Command]) -> list[_Write]:
-        """Does what needs no waiting, at once, and returns the rest: what goes to the client, in order."""
+        """Does what needs no client, and returns the rest: what goes to the client, in order."""
         writes: list[_Write] = []
         for command in commands:
             match command:
@@ -187,6 +141,10 @@ class Driver:
                     self._source.abort()
                 case TryAnotherEngine():
                     self._source.try_another(command.problem)
+                case PauseEngine():
+                    self._source.pause()
+                case ResumeEngine():
+                    self._source.resume()
                 case AskEngineHealth():
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():
@@ -195,40 +153,116 @@ class Driver:
                     assert_never(command)
         return writes
 
-    async def _write(self, writes: list[_Write]) -> None:
-        """The bytes of one list are one write, so that those of no other list get between."""
-        before, data, seq, whole, closing = b"", b"", 0, None, False
-        for write in writes:
-            match write:
-                case SendToClient(seq=0) | OpenClient():
-                    if isinstance(write, OpenClient):
-                        await self._client.open(self._exchange.content_type)
-                    before += write.data
-                case SendToClient():
-                    data, seq = data + write.data, write.seq
-                case Respond():
-                    whole = write
-                case Close():
-                    closing = True
-        if closing:
-            await self._close(before, data, seq, whole)
-        elif data or before:
-            await self._client.send(data, seq, before)
+    def _put(self, writes: list[_Write]) -> None:
+        """Writes at once, or behind what has to be awaited."""
+        if not self._emptying and all(isinstance(write, SendToClient) for write in writes):
+            self._send(writes)
+            return
+        self._inbox.append(writes)
+        if not self._emptying:
+            self._emptying = True
+            self._in_background(self._empty_inbox())
 
-    async def _close(self, before: bytes, data: bytes, seq: int, whole: Respond | None) -> None:
-        """The last bytes, within the time that a caller gets to take them; then the connection is dropped."""
+    def _send(self, writes: list[_Write]) -> None:
+        """The events of one list are one write."""
+        data, seq, has_room = b"", 0, True
+        for write in writes:
+            if isinstance(write, SendToClient) and write.seq:
+                data, seq = data + write.data, write.seq
+            elif isinstance(write, SendToClient):
+                has_room = self._client.send(write.data, 0)
+        if data:
+            has_room = self._client.send(data, seq)
+        if not has_room:
+            self._watch_backlog()
+
+    async def _empty_inbox(self) -> None:
         try:
-            async with asyncio.timeout(self._closing_seconds):
-                if whole is not None:
-                    await self._client.respond(whole.status, whole.body, "application/json", whole.headers)
-                    return
-                if data:
-                    await self._client.send(data, seq, before)
-                await self._client.finish()
-        except TimeoutError:
-            self._client.abort()
+            while self._inbox:
+                await self._write(self._inbox.popleft())
         finally:
-            self._closed.set()
+            self._emptying = False
+
+    async def _write(self, writes: list[_Write]) -> None:
+        for write in writes:
+            if isinstance(write, OpenClient):
+                await self._client.open(self._exchange.content_type, write.data)
+        self._send(writes)
+        for write in writes:
+            if isinstance(write, Respond):
+                answer = self._client.respond(write.status, write.body, "application/json", write.headers)
+                await self._until_taken(answer, patient=False)
+            elif isinstance(write, Close):
+                await self._until_taken(self._client.finish(), patient=write.patient)
+                self._closed.set()
+
+    async def _until_taken(self, last: Coroutine[None, None, None], *, patient: bool) -> None:
+        """The last bytes, within the time that a caller gets to take them; then the connection is dropped."""
+        taking = asyncio.create_task(last)
+        hurried = asyncio.create_task(self._hurried.wait())
+        unsent = self._client.unsent
+        try:
+            while not taking.done():
+                await asyncio.wait(
+                    {taking, hurried}, timeout=self._closing_seconds, return_when=asyncio.FIRST_COMPLETED
+                )
+                if hurried.done() and not taking.done():
+                    await asyncio.wait({taking}, timeout=self._closing_seconds)
+                is_moving = patient and not hurried.done() and self._client.unsent < unsent
+                if not taking.done() and not is_moving:
+                    self._client.abort()
+                    await asyncio.wait({taking})
+                unsent = self._client.unsent
+        finally:
+            hurried.cancel()
+            taking.cancel()
+        await taking
+
+    # -- a client that lags ------------------------------------------------------------------------
+
+    def _watch_backlog(self) -> None:
+        """More waits in the client's connection than its high mark: the exchange holds the rest until there is room."""
+        self._tell_backlog()
+        if not self._is_watched and self._exchange.client_lags:
+            self._is_watched = True
+            self._in_background(self._wait_for_room())
+
+    def _tell_backlog(self) -> None:
+        unsent = self._client.unsent
+        self._take(ClientBacklog(unsent, self._loop.time()))
+        self._holds(unsent + self._exchange.held_bytes)
+
+    async def _wait_for_room(self) -> None:
+        try:
+            while self._exchange.client_lags:
+                await self._client.room()
+                self._tell_backlog()
+            self._holds(0)
+        finally:
+            self._is_watched = False
+
+    # -- the conversation --------------------------------------------------------------------------
+
+    async def _converse(self) -> None:
+        try:
+            self._do(self._exchange.start())
+            await self._source.speak(self)
+        except asyncio.CancelledError:
+            if not self._exchange.is_over:
+                raise
+        except Exception:
+            self._break()
+
+    def _stop_conversation(self) -> None:
+        """The exchange is over, so nothing more is listened to, be it a connection that is still being made."""
+        if self._conversation is not None and self._conversation is not asyncio.current_task():
+            self._conversation.cancel()
+
+    def _break(self) -> None:
+        _log.exception("stream %s: internal error", self._stream_id)
+        if writes := self._act(self._exchange.receive(Broke(self._loop.time()))):
+            self._put(writes)
+        self._stop_conversation()
 
     # -- time and the rest -------------------------------------------------------------------------
 
@@ -238,13 +272,14 @@ class Driver:
         self._timer = self._loop.call_at(when, self._tick)
 
     def _tick(self) -> None:
-        self._in_background(self.tell(ClockTicked(self._loop.time())))
+        if self._exchange.client_lags:
+            self._tell_backlog()
+        self._take(ClockTicked(self._loop.time()))
 
     async def _ask_engine_health(self) -> None:
         if not await self._source.is_healthy():
             message = "the engine has gone silent in the middle of its answer and its health check fails"
-            problem = EngineError("engine_stalled", message, status=504)
-            await self.tell(EngineClosed(problem, self._loop.time()))
+            self._take(EngineClosed(EngineError("engine_stalled", message, status=504), self._loop.time()))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(self._quietly(work))
@@ -269,9 +304,4 @@ class Driver:
         self._client.end()
         self._source.abort()
         self._closed.set()
-        if self._conversation is not None and self._conversation is not asyncio.current_task():
-            self._conversation.cancel()
-
-
-def _size(writes: list[_Write]) -> int:
-    return sum(len(write.data) for write in writes if isinstance(write, SendToClient | OpenClient))
+        self._stop_conversation()

@@ -166,7 +166,7 @@ class _Reader:
         self._after = after
         self._form = form if log.info.form in _CONTENT_TYPES else log.info.form
         self._headers = headers
-        self._connection = ClientConnection(http, headers)
+        self._connection = ClientConnection(http, headers, settings.pacing)
 
     async def run(self) -> web.StreamResponse:
         while not self._log.is_open:
@@ -174,10 +174,11 @@ class _Reader:
         if self._log.whole is not None:
             return _whole(self._log, self._headers)
         try:
-            await self._connection.open(_CONTENT_TYPES.get(self._form, self._log.info.content_type))
-            await self._write(_PREAMBLES.get(self._form, native.NativeSse.preamble))
+            preamble = _PREAMBLES.get(self._form, native.NativeSse.preamble)
+            await self._connection.open(_CONTENT_TYPES.get(self._form, self._log.info.content_type), preamble)
             await self._follow()
-            await self._connection.finish()
+            async with asyncio.timeout(self._timing.closing_seconds):
+                await self._connection.finish()
         except (ClientGone, Evicted, TimeoutError):
             # It left, or it reads so slowly that the log is gone or the time for a write is over: it may resume.
             self._connection.abort()
@@ -208,8 +209,9 @@ class _Reader:
         return resuming.respell(data, have, self._form)
 
     async def _write(self, data: bytes) -> None:
-        async with asyncio.timeout(self._timing.closing_seconds):
-            await self._connection.send(data)
+        if not self._connection.send(data):
+            async with asyncio.timeout(self._timing.closing_seconds):
+                await self._connection.room()
 
 
 def _evicted(log: StreamLog) -> CallerError:

@@ -148,10 +148,11 @@ class Server:
                 account.drop()
                 trace.fetch(log.stream_id)
                 return await self._resume.rejoin(http, log, terms, kind(request).form)
-            client = ClientConnection(http, {**self._resume.headers(stream_id, log), **account.headers})
+            headers = {**self._resume.headers(stream_id, log), **account.headers}
+            client = ClientConnection(http, headers, self._settings.pacing)
             stream = LiveStream(stream_id, caller.name, client, log, self._resume.lingering(terms))
             try:
-                driver = self._drive(http, stream, trace, account, request, family, spell)
+                driver = self._drive(http, stream, trace, place, account, request, family, spell)
             except Exception:
                 stream.outlet.end()
                 raise
@@ -166,6 +167,7 @@ class Server:
         http: web.Request,
         stream: LiveStream,
         trace: StreamTrace,
+        place: Place,
         account: Account,
         request: StreamRequest,
         family: Family,
@@ -178,7 +180,7 @@ class Server:
             return self._ask(engine, stream_id, family, request, headers)
 
         source = ClusterAnswer(self.cluster, Wish(request.model), ask, self._settings.routing.retries)
-        setting = self._setting(stream_id, family, request, trace)
+        setting = self._setting(stream, family, request, trace)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         return Driver(
             exchange,
@@ -186,8 +188,8 @@ class Server:
             source,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
-            buffer_bytes=self._settings.limits.buffer_bytes,
             record=lambda record: self._record(account, trace, record),
+            holds=place.wait,
         )
 
     def _engine_headers(
@@ -246,14 +248,14 @@ class Server:
 
     def _setting(
         self,
-        stream_id: str,
+        stream: LiveStream,
         family: Family,
         request: StreamRequest,
         trace: StreamTrace,
     ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
-            stream_id=stream_id,
+            stream_id=stream.stream_id,
             upstream="",
             trace_id=trace.trace_id,
             family=family,
@@ -262,7 +264,7 @@ class Server:
                 line_bytes=limits.line_bytes,
                 tool_call_bytes=limits.tool_call_bytes,
                 stream_bytes=limits.stream_bytes,
-                buffer_bytes=limits.buffer_bytes,
+                slow_client=self._settings.pacing,
                 stream_seconds=limits.stream_seconds,
                 first_byte_seconds=timing.first_byte_seconds,
                 heartbeat_seconds=timing.heartbeat_seconds,
@@ -270,7 +272,8 @@ class Server:
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
-            resumable_until=self._resumable_until(),
+            is_logged=stream.log is not None,
+            resumable_until=self._resumable_until() if stream.log is not None else None,
         )
 
     def _resumable_until(self) -> int | None:

@@ -37,21 +37,25 @@ class Ear(Protocol):
     @property
     def is_over(self) -> bool: ...
 
-    async def hear(self, signal: Signal) -> None:
-        """Takes a signal and waits until the client has room again: the source is not read meanwhile."""
-
-    def hear_now(self, signal: Signal) -> None:
-        """Takes a signal without waiting; what the client cannot take yet is kept, up to the stream's cap."""
+    def hear(self, signal: Signal) -> None:
+        """Takes a signal without waiting: what the client has no room for is held, up to the stream's bound."""
 
     async def wait_until_closed(self) -> None: ...
 
 
 class Answer(Protocol):
-    """One answer of an engine. `speak` tells all of it; `abort` makes the engine stop, at any time, more than once."""
+    """One answer of an engine. `speak` tells all of it; `abort` makes the engine stop, at any time, more than once.
+
+    Between `pause` and `resume` nothing more is read, where the answer has a connection of its own.
+    """
 
     async def speak(self, ear: Ear) -> None: ...
 
     def abort(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
 
 class Source(Answer, Protocol):
@@ -65,7 +69,7 @@ class Source(Answer, Protocol):
 
 
 class PlainAnswer:
-    """vLLM's own answer on its chat route, streamed or whole. A client without room pauses the reading."""
+    """vLLM's own answer on its chat route, streamed or whole."""
 
     def __init__(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str], *, streams: bool, most_bytes: int
@@ -78,14 +82,24 @@ class PlainAnswer:
         self._most_bytes = most_bytes
         self._now = asyncio.get_running_loop().time
         self._answer: aiohttp.ClientResponse | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
 
     async def speak(self, ear: Ear) -> None:
-        await ear.hear(await self._listen(ear))
+        ear.hear(await self._listen(ear))
+
+    def pause(self) -> None:
+        """aiohttp reads on until its buffer is full, then the kernel's fills; vLLM merges what it may not send."""
+        self._flowing.clear()
+
+    def resume(self) -> None:
+        self._flowing.set()
 
     def abort(self) -> None:
         """Closes the connection, which is how vLLM learns that nobody waits any more."""
         if self._answer is not None:
             self._answer.close()
+        self._flowing.set()
 
     async def _listen(self, ear: Ear) -> Signal:
         """Everything the engine says; returns the last thing to tell about it."""
@@ -98,7 +112,9 @@ class PlainAnswer:
                 if not self._streams or answer.content_type == "application/json":
                     return EngineAnswered(await self._read_whole(answer), self._now())
                 async for data in answer.content.iter_any():
-                    await ear.hear(EngineSpoke(data, self._now()))
+                    ear.hear(EngineSpoke(data, self._now()))
+                    if not self._flowing.is_set():
+                        await self._flowing.wait()
                     if ear.is_over:
                         break
                 return EngineClosed(None, self._now())
@@ -140,11 +156,11 @@ class TaggedAnswer:
         self._now = asyncio.get_running_loop().time
 
     async def speak(self, ear: Ear) -> None:
-        self._hear = ear.hear_now
+        self._hear = ear.hear
         try:
             self._number = self._connection.open(self._body, self._headers, self._family, self)
         except EngineError as problem:
-            await ear.hear(EngineClosed(problem, self._now()))
+            ear.hear(EngineClosed(problem, self._now()))
             return
         await _first_of(ear.wait_until_closed(), self._needs_text.wait())
         if self._needs_text.is_set() and not ear.is_over:
@@ -154,6 +170,13 @@ class TaggedAnswer:
         if self._number is not None:
             self._connection.abort(self._number)
         self._plain.abort()
+
+    def pause(self) -> None:
+        """The connection of the tokens brings the streams of other clients too, so only `plain` is ever paused."""
+        self._plain.pause()
+
+    def resume(self) -> None:
+        self._plain.resume()
 
     def records(self, records: list[Record]) -> None:
         if self._note is not None:
@@ -228,11 +251,19 @@ class ClusterAnswer:
                 await self._speak_for(member.engine, ear)
             if not self._failed:
                 return
-        await ear.hear(NoEngineLeft(no_engine(), self._now()))
+        ear.hear(NoEngineLeft(no_engine(), self._now()))
 
     def abort(self) -> None:
         if self._answer is not None:
             self._answer.abort()
+
+    def pause(self) -> None:
+        if self._answer is not None:
+            self._answer.pause()
+
+    def resume(self) -> None:
+        if self._answer is not None:
+            self._answer.resume()
 
     def try_another(self, problem: Problem) -> None:
         if problem.code != _COSTS_NOTHING and problem.status not in _FULL:
@@ -249,7 +280,7 @@ class ClusterAnswer:
         """In a task of its own: one that fell silent is left in the middle of its wait."""
         self._engine = engine
         reader, self._answer = self._ask(engine)
-        await ear.hear(EngineChosen(engine.label, reader, self._now()))
+        ear.hear(EngineChosen(engine.label, reader, self._now()))
         self._attempt = asyncio.create_task(self._answer.speak(ear))
         try:
             await asyncio.wait({self._attempt})

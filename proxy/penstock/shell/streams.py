@@ -40,42 +40,41 @@ class Outlet:
         self._goes_on = goes_on
         self._untold = False  # the client left while the head was sent, and the driver does not know yet
 
-    async def open(self, content_type: str) -> None:
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the client in its connection."""
+        return self._connection.unsent if self._connection is not None else 0
+
+    async def open(self, content_type: str, preamble: bytes) -> None:
         if self._log is not None:
             self._log.open()
         if self._connection is not None:
             try:
-                await self._connection.open(content_type)
+                await self._connection.open(content_type, preamble)
             except ClientGone:
                 # Told with the first write: its events have their numbers already, so they must be in the log.
                 self._connection, self._untold = None, True
 
-    def send_now(self, data: bytes, seq: int) -> bool:
-        """Keeps and sends without waiting; False, and nothing is kept nor sent, where the client has no room."""
-        connection = self._connection
-        if connection is None:
-            self.keep(data, seq)
-            return True
-        try:
-            if not connection.has_room:
-                return False
-        except ClientGone:
-            self.keep(data, seq)
-            self._lost()
-            return True
+    def send(self, data: bytes, seq: int) -> bool:
+        """Keeps and sends, without waiting; False where more than its high mark waits for the client now."""
         self.keep(data, seq)
-        connection.send_now(data)
+        if self._connection is not None:
+            try:
+                return self._connection.send(data)
+            except ClientGone:
+                self._lost()
+        elif self._untold:
+            self._lost()
         return True
 
-    async def send(self, data: bytes, seq: int, before: bytes = b"") -> None:
-        """Keeps, sends and waits until the client has room. `before` goes ahead and is no event."""
-        self.keep(data, seq)
-        if self._untold:
-            self._lost()
-        elif self._connection is not None:
-            try:
-                await self._connection.send(before + data)
-            except ClientGone:
+    async def room(self) -> None:
+        """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+        connection = self._connection
+        try:
+            if connection is not None:
+                await connection.room()
+        except ClientGone:
+            if self._connection is connection:
                 self._lost()
 
     def keep(self, data: bytes, seq: int) -> None:
