@@ -15,6 +15,7 @@ from penstock.settings import Settings
 from penstock.shell.auth import Gatekeeper
 from penstock.shell.books import Books
 from penstock.shell.cluster import Cluster
+from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.server import Server
 from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.telemetry import Telemetry
@@ -26,6 +27,7 @@ _log = logging.getLogger("penstock")
 async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
     """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it."""
     gatekeeper = await asyncio.to_thread(Gatekeeper.load, settings.auth)
+    rules = await asyncio.to_thread(Rulekeeper.load, settings.moderation)
     if not gatekeeper.asks_for_keys and not settings.is_loopback:
         _log.warning(
             "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
@@ -39,9 +41,9 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         books = await stack.enter_async_context(Books.opened(settings))
         store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
         stack.push_async_callback(store.close)
-        server = Server(settings, gatekeeper, cluster, telemetry, store, books)
-        watching = asyncio.create_task(gatekeeper.watch())
-        stack.callback(watching.cancel)
+        server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules)
+        for watch in (gatekeeper.watch(), rules.watch()):
+            stack.callback(asyncio.create_task(watch).cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
         runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
         stack.push_async_callback(runner.cleanup)

@@ -14,6 +14,7 @@ from penstock.core.verifier import LogError, parse_log, verify
 from penstock.settings import Settings, SettingsError, load_settings
 from penstock.shell.auth import Gatekeeper, hash_key
 from penstock.shell.replay import run_replay
+from penstock.shell.rulebook import load_rulebook
 
 # What a wrong setting or wrong input exits with, as argparse does for wrong flags.
 _WRONG_USE = 2
@@ -101,6 +102,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 def _check_config(parsed: argparse.Namespace) -> int:
     settings = _settings(parsed)
     Gatekeeper.load(settings.auth)
+    load_rulebook(settings.moderation)
     print(settings.model_dump_json(indent=2))
     return 0
 

@@ -19,6 +19,7 @@ from penstock.access_settings import Auth, UsageSettings
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 from penstock.core.pacing import Measure, SlowClient
+from penstock.moderation_settings import ModerationSettings
 
 _PREFIX = "PENSTOCK_"
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
@@ -229,6 +230,7 @@ class Settings(_Part):
     slow_client: SlowClientSettings = Field(
         SlowClientSettings(), description="what is done about clients that read slowly"
     )
+    moderation: ModerationSettings = Field(ModerationSettings(), description="rules that every answer is held against")
     timing: Timing = Field(Timing(), description="times, in seconds")
     routing: Routing = Field(Routing(), description="which of several engines answers")
     store: StoreSettings = Field(

@@ -25,7 +25,10 @@ HTTP_PAGE = DOCS / "reference" / "http.md"
 FAMILIES_PAGE = DOCS / "reference" / "model_families.md"
 ENGINE = {"upstreams": [{"url": "http://vllm:8000"}]}
 SETTINGS_FILE = "# penstock.yaml"
-PROBLEMS = {"CallerError", "EngineError", "LimitReached", "Overloaded", "OurBug", "Failed", "_fail", "_error"}
+PROBLEMS = {"CallerError", "EngineError", "LimitReached", "Overloaded", "OurBug", "PolicyError", "Failed"} | {
+    "_fail",
+    "_error",
+}
 
 
 # --- Links --------------------------------------------------------------------------------------------

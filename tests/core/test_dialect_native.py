@@ -21,6 +21,7 @@ from penstock.core.events import (
     ClientEvent,
     Failed,
     Finished,
+    Moderated,
     Role,
     StreamEnded,
     StreamStarted,
@@ -111,6 +112,12 @@ SPELLINGS: list[tuple[ClientEvent, str, dict[str, Any]]] = [
         Usage(**COUNTS, estimated=True, sizes=SIZES, final=False, engine_fields={"total_tokens": 4}),
         "usage",
         {**COUNTS, "estimated": True, "bytes": SIZES, "final": False},
+    ),
+    (
+        Moderated("redact", "codename", "custom", 1, back=10, length=10, block=3, offset=4),
+        "moderation",
+        {"choice": 1, "block": 3, "action": "redact", "rule": "codename", "category": "custom"}
+        | {"offset": 4, "length": 10},
     ),
     (
         Finished(1, "stop", "END", 1, [{"token": ""}], [9], "stop", "stop_string"),

@@ -30,6 +30,7 @@ from penstock.core.signals import (
 )
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE, content, error, final_usage, finish, frame, role, tool, whole
+from support.moderating import policy
 from support.playbook import STARTED, Outcome, Step, ask, play
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "endings.md"
@@ -114,6 +115,11 @@ CASES: dict[Key, Case] = {
         NoEngineLeft(EngineError("no_engine", "none", status=503), NOW), before=HEAD_SENT
     ),
     ("engine_gone", "silent, and its health check fails"): closed(EngineError("engine_stalled", "silent", status=504)),
+    ("halted", "a rule halts"): Case(
+        [content("STOP", tokens=2)],
+        [EngineAnswered(whole({"content": "Hello STOP"}), NOW)],
+        bounds={"policy": policy({"id": "no", "literal": "STOP", "action": "halt"})},
+    ),
     ("draining", "the drain time is over"): told(Draining(NOW)),
     ("our_bug", "Penstock failed"): told(Broke(NOW)),
 }

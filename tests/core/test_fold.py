@@ -148,7 +148,7 @@ def test_warnings_errors_and_the_end() -> None:
     assert "finish_reasons" not in folded
 
 
-@pytest.mark.parametrize("name", ["moderation", "text.edited", "delta.audio", "stream.pause", "x"])
+@pytest.mark.parametrize("name", ["text.edited", "delta.audio", "stream.pause", "x"])
 def test_an_event_of_a_later_version_is_passed_over(name: str) -> None:
     assert fold(START, {"type": name, "choice": 0, "block": 9}) == {**fold(START), "last_seq": 2}
 

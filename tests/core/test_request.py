@@ -198,6 +198,7 @@ def test_a_bare_request() -> None:
         shows_stop_token=False,
         on_disconnect=None,
         text_bytes=0,
+        wants_json=False,
         needs_engine_text=None,
     )
 

@@ -18,6 +18,7 @@ from penstock.core.events import (
     ClientEvent,
     Failed,
     Finished,
+    Moderated,
     Role,
     StreamEnded,
     StreamStarted,
@@ -58,6 +59,8 @@ SPOKEN: list[ClientEvent] = [
     ToolReady(0, "call_1", "find", "{}", 2),
     ToolEnded(0, "call_1", "{}", valid=True, problem=None, status="complete", block=2),
     ToolEnded(0, "call_2", "{", valid=False, problem="cut", status="incomplete", block=3),
+    Moderated("redact", "codename", "custom", 0, back=10, length=10, block=1, offset=4),
+    Moderated("halt", "codename", "custom", 0, back=0, length=0),
     Usage(1, 1, 1, 1, 1, 1, 1, 0, estimated=True, sizes=SIZES, final=False),
     Usage(1, 1, 1, 1, 1, 1, 1, 0, estimated=False, sizes=SIZES, final=True, engine_fields={"total_tokens": 2}),
     Finished(0, "stop", "END", 1, [{"token": ""}], [9], "stop", "stop_string"),
@@ -123,7 +126,7 @@ def test_the_closed_sets_are_those_of_the_code() -> None:
 
 def test_unknown_fields_and_types_are_allowed() -> None:
     VALIDATOR.validate(WRITTEN[0] | {"mood": "new"})
-    VALIDATOR.validate({"type": "moderation", "stream_id": "st_1", "seq": 3, "ts": 4, "action": "later"})
+    VALIDATOR.validate({"type": "pause", "stream_id": "st_1", "seq": 3, "ts": 4, "action": "later"})
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import FAMILIES, Family, State, choose_family, thinking_family
 from penstock.core.pacing import SlowClient
 from penstock.core.request import StreamRequest, read_request
+from penstock.core.rules import Policy
 from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal
 from penstock.core.verifier import Verifier, verify
 from support.chunks import MODEL
@@ -170,6 +171,7 @@ def open_exchange(
     reasoning: ReasoningPolicy | None = None,
     bounds: Bounds = GENEROUS,
     is_logged: bool = True,
+    policy: Policy | None = None,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
@@ -177,9 +179,20 @@ def open_exchange(
     named = family or request.family
     chosen = named if isinstance(named, Family) else choose_family(ALL_FAMILIES, request.model, named)
     assert chosen is not None
-    policy = reasoning or request.reasoning or "separate"
+    reasoning_policy = reasoning or request.reasoning or "separate"
     changed = replace(bounds, **changed_bounds)
-    setting = Setting(STREAM_ID, "vllm", None, chosen, policy, changed, STARTED, EPOCH_MS, is_logged=is_logged)
+    setting = Setting(
+        STREAM_ID,
+        "vllm",
+        None,
+        chosen,
+        reasoning_policy,
+        changed,
+        STARTED,
+        EPOCH_MS,
+        is_logged=is_logged,
+        policy=policy,
+    )
     return Exchange(request, setting, spelling(dialect, request))
 
 

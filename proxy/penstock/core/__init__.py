@@ -4,6 +4,7 @@
 order: `engine_stream` (with `sse` and `characters`) or `tagged_stream` (with `frames` and `detokenize`), `channels`
 (with `families` and `markers`), `stop_strings`, `tool_calls` (with `tool_markup`, `json_text` and `schemas`),
 `moderation`, `accounting`, `blocks`, `pacing`, and a dialect of `dialects/`. `events` travel between the steps;
-`signals` come from the shell and `commands` go to it; `errors` says whose fault it was. `verifier` judges an event log,
-`fold` adds one up, `resuming` finds a cursor in one, `recording` reads replays.
+`signals` come from the shell and `commands` go to it; `errors` says whose fault it was. Moderation's `rules` are
+compiled from `patterns` (which `unambiguous` finds fit), see text as `folding` shows it and may ask for `checksums`.
+`verifier` judges an event log, `fold` adds one up, `resuming` finds a cursor in one, `recording` reads replays.
 """

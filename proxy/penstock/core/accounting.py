@@ -55,9 +55,7 @@ class Accounting:
             if isinstance(item, Text):
                 self._deliver_text(item)
             elif isinstance(item, ToolArguments):
-                size = utf8_size(item.text)
-                self._sizes["delivered"] += size
-                self._sizes["added"] += size if item.added else 0
+                self._deliver(item)
                 self._tool_tokens += item.tokens
                 self._delivered_tokens += item.tokens
             elif isinstance(item, Withheld):
@@ -122,11 +120,14 @@ class Accounting:
             self._generated_tokens += tokens
             self._by_choice[choice] = self._by_choice.get(choice, 0) + tokens
 
-    def _deliver_text(self, item: Text) -> None:
+    def _deliver(self, item: Text | ToolArguments) -> None:
         size = utf8_size(item.text)
         self._sizes["delivered"] += size
         if item.added:
             self._sizes["added"] += size
+
+    def _deliver_text(self, item: Text) -> None:
+        self._deliver(item)
         self._delivered_tokens += item.tokens
         if item.channel is Channel.REASONING or item.inlined:
             self._reasoning_tokens += item.tokens

@@ -7,6 +7,7 @@ from penstock.core.events import (
     Channel,
     Event,
     Finished,
+    Moderated,
     Role,
     Text,
     ToolArguments,
@@ -44,9 +45,13 @@ class Blocks:
                     self._choice(item.choice).speak(item, out)
                 case ToolStarted():
                     self._choice(item.choice).tool_started(item, out)
-                case ToolArguments() | ToolReady() | ToolEnded():
+                case ToolArguments():
+                    self._choice(item.choice).arguments(item, out)
+                case ToolReady() | ToolEnded():
                     item.block = self._choice(item.choice).block_of(item.call_id)
                     out.append(item)
+                case Moderated():
+                    self._choice(item.choice).moderated(item, out)
                 case Finished() if item.choice in self._reasons:
                     continue  # one finish a choice, whatever the engine repeats
                 case Finished():
@@ -79,8 +84,10 @@ class _ChoiceBlocks:
         self._role_told = False
         self._open: Channel | None = None
         self._size = 0
+        self._chars = 0
         self._tokens = 0
         self._tools: dict[str, int] = {}
+        self._argument_chars: dict[str, int] = {}
 
     def speak(self, item: Role | None, out: list[Event]) -> None:
         """A role once, before all blocks; an engine that names none speaks as the assistant."""
@@ -93,6 +100,7 @@ class _ChoiceBlocks:
             self._start(item.channel, out)
         item.block = self._text_block
         self._size += utf8_size(item.text)
+        self._chars += len(item.text)
         self._tokens += item.tokens
         out.append(item)
 
@@ -104,6 +112,21 @@ class _ChoiceBlocks:
 
     def block_of(self, call_id: str) -> int:
         return self._tools[call_id]
+
+    def arguments(self, item: ToolArguments, out: list[Event]) -> None:
+        item.block = self._tools[item.call_id]
+        self._argument_chars[item.call_id] = self._argument_chars.get(item.call_id, 0) + len(item.text)
+        out.append(item)
+
+    def moderated(self, item: Moderated, out: list[Event]) -> None:
+        """In the block that is open, or the call it names; before the first block it has none."""
+        if item.call_id is not None:
+            item.block, shown = self._tools[item.call_id], self._argument_chars.get(item.call_id, 0)
+        else:
+            item.block, shown = (self._text_block, self._chars) if self._open else (None, 0)
+        self.speak(None, out)
+        item.offset = max(shown - item.back, 0)
+        out.append(item)
 
     def finish(self, status: BlockStatus, out: list[Event]) -> None:
         self._close(status, out)
@@ -118,7 +141,7 @@ class _ChoiceBlocks:
     def _close(self, status: BlockStatus, out: list[Event]) -> None:
         if self._open is not None:
             out.append(BlockEnded(self._choice, self._text_block, self._open, self._size, self._tokens, status))
-            self._open, self._size, self._tokens = None, 0, 0
+            self._open, self._size, self._chars, self._tokens = None, 0, 0, 0
 
     def _number(self) -> int:
         self._next_block += 1

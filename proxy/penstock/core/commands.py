@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from penstock.core.errors import Problem
-from penstock.core.events import Usage
+from penstock.core.events import Intervention, Usage
 
 
 class Ending(Enum):
@@ -19,6 +19,7 @@ class Ending(Enum):
     REFUSED = "refused"
     ENGINE_ERROR = "engine_error"
     ENGINE_GONE = "engine_gone"
+    HALTED = "halted"
     DRAINING = "draining"
     OUR_BUG = "our_bug"
 
@@ -89,6 +90,13 @@ class WakeAt:
 
 
 @dataclass(slots=True)
+class NoteIntervention:
+    """A rule did something: for the audit. The text of the match is in it, for a digest and nothing else."""
+
+    intervention: Intervention
+
+
+@dataclass(slots=True)
 class RecordUsage:
     """The stream is over: its bill and what the trace tells of it.
 
@@ -127,6 +135,7 @@ Command = (
     | ResumeEngine
     | AskEngineHealth
     | WakeAt
+    | NoteIntervention
     | RecordUsage
     | Close
 )

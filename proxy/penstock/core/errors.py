@@ -7,6 +7,9 @@ is raised only where a caller waits for an answer (the shell); inside `core/` it
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+CONTENT_FILTERED = "content_filtered"
+"""The code of a halt. Dialects that have their own word for it, a finish reason, say that and no error."""
+
 Origin = Literal["upstream", "proxy", "policy", "client"]
 
 
@@ -70,6 +73,13 @@ class Overloaded(Problem):
 
     default_status = 503
     default_retryable = True
+
+
+class PolicyError(Problem):
+    """A rule or a classifier of this deployment forbids the answer."""
+
+    origin = "policy"
+    default_status = 403
 
 
 class OurBug(Problem):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 BlockStatus = Literal["complete", "incomplete"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error", "other"]
 StreamStatus = Literal["completed", "failed", "cancelled", "incomplete"]
+ModerationAction = Literal["redact", "halt", "flag"]
 WithheldKind = Literal["marker", "hidden", "stop", "moderation"]
 Ext = dict[str, Any]
 
@@ -195,6 +196,43 @@ class Withheld:
 
 
 @dataclass(slots=True)
+class Moderated:
+    """A rule did something to the text of a block; it comes right behind the text that it concerns.
+
+    `length` characters of what was shown are concerned (the placeholder, the flagged text, none at a halt). They
+    begin `back` characters before the end of what was shown so far; the blocks turn that into `offset`.
+    """
+
+    action: ModerationAction
+    rule: str
+    category: str
+    choice: int
+    back: int
+    length: int
+    call_id: str | None = None
+    block: int | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """What a rule did, for the audit. `text` is what it matched, as the model wrote it.
+
+    `start` is where that begins in its lane, in characters that the model wrote; `tokens` how many tokens the lane
+    had cost until then.
+    """
+
+    rule: str
+    action: str
+    category: str
+    choice: int
+    channel: str
+    start: int
+    tokens: int
+    text: str
+
+
+@dataclass(slots=True)
 class Finished:
     """One choice ended. The reader knows `raw_reason` and `stop_reason`; the rest is filled in on the way.
 
@@ -288,6 +326,7 @@ Event = (
     | ToolReady
     | ToolEnded
     | Withheld
+    | Moderated
     | Finished
     | EngineUsage
     | Usage
@@ -309,6 +348,7 @@ ClientEvent = (
     | ToolReady
     | ToolEnded
     | Usage
+    | Moderated
     | Finished
     | Warned
     | Failed

@@ -21,6 +21,7 @@ from penstock.core.commands import (
     Close,
     Command,
     Ending,
+    NoteIntervention,
     OpenClient,
     PauseEngine,
     RecordUsage,
@@ -57,6 +58,7 @@ from penstock.core.families import Family
 from penstock.core.moderation import Moderation
 from penstock.core.pacing import Pacing, SlowClient
 from penstock.core.request import StreamRequest
+from penstock.core.rules import Policy
 from penstock.core.signals import (
     Broke,
     Cancelled,
@@ -97,6 +99,7 @@ class Bounds:
     first_byte_seconds: float
     heartbeat_seconds: float
     engine_silence_seconds: float
+    hold_chars: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class Setting:
     """Unix milliseconds until which the log is kept at least; None where there is no log."""
     is_logged: bool = True
     """Whether events are kept, so that one that no client took was not said in vain."""
+    policy: Policy | None = None
+    """The moderation rules for this stream; None where there are none."""
 
 
 class _Phase(Enum):
@@ -148,7 +153,9 @@ class Exchange:
         self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
         self._tools = ToolCalls(request.tools, self._new_call_id)
         self._stop_strings = StopStrings(request.stop, include=request.include_stop)
-        self._moderation = Moderation()
+        self._moderation = Moderation(
+            setting.policy, most_held=setting.bounds.hold_chars, json_answer=request.wants_json
+        )
         self._accounting = Accounting()
         self._blocks = Blocks()
         self._pacing = Pacing(setting.bounds.slow_client)
@@ -227,7 +234,10 @@ class Exchange:
         """One read of the engine, taken all the way."""
         self._last_heard = now
         items, done, failure = self._sort(heard)
-        commands = self._send(self._travel(items, now), now)
+        items = self._travel(items, now)
+        commands = self._interventions() + self._send(items, now)
+        if (halt := self._moderation.halted) is not None:
+            return commands + self._end(Ending.HALTED, _told(halt), now)
         if failure is not None and self._is_untouched() and failure.status >= 500:
             return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
@@ -259,7 +269,10 @@ class Exchange:
         items = self._channels.feed(items) + self._channels.flush()
         items = self._stop_strings.feed(items) + self._stop_strings.flush()
         items = self._tools.feed(items) + self._tools.flush()
-        return self._moderation.feed(items)
+        return self._moderation.feed(items) + self._moderation.flush()
+
+    def _interventions(self) -> list[Command]:
+        return [NoteIntervention(one) for one in self._moderation.take_notes()]
 
     def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
         """Takes out of what was heard what concerns the whole exchange and no step."""
@@ -284,7 +297,7 @@ class Exchange:
             trace_id=self._setting.trace_id,
             engine_id=opened.engine_id or f"chatcmpl-{self._setting.stream_id}",
             created=opened.created,
-            whole=opened.whole,
+            whole=self._moderation.without_unseen_text(opened.whole) if opened.whole else None,
             resumable_until=self._setting.resumable_until,
         )
         if opened.state is not None:
@@ -468,7 +481,8 @@ class Exchange:
         self._accounting.take_back(held)
         unsent = size_of(held) + size_of(self._let_go())
         usage = self._accounting.usage(final=True, cancelled=True)
-        return [AbortEngine(), self._record(ending, usage, None, now, unsent), Close()]
+        record = self._record(ending, usage, None, now, unsent)
+        return [AbortEngine(), *self._interventions(), record, Close()]
 
     def _has_finished(self) -> bool:
         return all(map(self._blocks.is_finished, range(self._request.choices)))
@@ -480,9 +494,11 @@ class Exchange:
             return self._fail(Ending.ENGINE_ERROR, problem, now)
         reasons = self._blocks.finish_reasons
         status: StreamStatus = "incomplete" if "length" in reasons else "completed"
-        held = self._accounting.feed(self._let_go())
+        held = self._blocks.feed(self._accounting.feed(self._let_go()))
+        if (halt := self._moderation.halted) is not None:
+            return self._send(held, now) + self._end(Ending.HALTED, _told(halt), now)
         abort: list[Command] = [] if engine_is_done else [AbortEngine()]
-        return abort + self._finish(self._blocks.feed(held), Ending.COMPLETED, status, None, now)
+        return abort + self._finish(held, Ending.COMPLETED, status, None, now)
 
     def _fail(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         if self._phase is _Phase.WAITING and self._seq == 0:
@@ -496,8 +512,9 @@ class Exchange:
             return self._respond_problem(Ending.REFUSED if refused else ending, _problem_of(failure), now)
         held = self._blocks.feed(self._accounting.feed(self._let_go()))
         ends = [event for event in held if isinstance(event, ToolEnded) and event.status == "incomplete"]
-        reason: FinishReason = "cancelled" if failure is None else "error"
-        cause = "abort" if failure is None else "error"
+        is_halt = ending is Ending.HALTED
+        reason: FinishReason = "content_filter" if is_halt else "cancelled" if failure is None else "error"
+        cause = None if is_halt else "abort" if failure is None else "error"
         unfinished = [n for n in range(self._request.choices) if not self._blocks.is_finished(n)]
         error: list[Event] = [failure] if failure else []
         finishes: list[Event] = [Finished(n, None, reason=reason, cause=cause) for n in unfinished]
@@ -524,7 +541,7 @@ class Exchange:
             commands = [Respond(code, body, {})]
         self._phase = _Phase.OVER
         record = self._record(ending, usage, failure.code if failure else None, now)
-        return [*commands, record, Close(patient=ending is Ending.COMPLETED)]
+        return [*commands, *self._interventions(), record, Close(patient=ending is Ending.COMPLETED)]
 
     def _respond_problem(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         """Nothing was sent yet, so the failure is a real HTTP status."""
@@ -535,6 +552,7 @@ class Exchange:
         return [
             AbortEngine(),
             Respond(problem.status, body, problem.headers),
+            *self._interventions(),
             self._record(ending, usage, problem.code, now, unsent),
             Close(),
         ]

@@ -31,6 +31,8 @@ class Fold:
                 self._block(event)["arguments"] = event["arguments"]
             case "reasoning" | "text" | "tool_call", "end":
                 self._close_block(event)
+            case "moderation", "":
+                self._result.setdefault("moderation", []).append(_without(event))
             case "finish", "":
                 self._choice(event)["finish"] = _without(event, "choice")
             case "usage", "":

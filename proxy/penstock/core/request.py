@@ -73,6 +73,8 @@ class StreamRequest:
     on_disconnect: OnDisconnect | None
     text_bytes: int
     """Bytes of text in the messages, from which the length of the prompt can be guessed."""
+    wants_json: bool
+    """The answer is JSON, whose escapes moderation must read as what they stand for."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
@@ -129,6 +131,7 @@ def read_request(
         shows_stop_token=request.get("include_stop_str_in_output") is True,
         on_disconnect=options.get("on_disconnect"),
         text_bytes=_text_bytes(request["messages"]),
+        wants_json=_wants_json(request),
         needs_engine_text=_needs_engine_text(request),
     )
 
@@ -229,6 +232,11 @@ def _text_bytes(messages: list[Any]) -> int:
         texts = (part.get("text") for part in parts if isinstance(part, dict))
         size += sum(utf8_size(text) for text in texts if isinstance(text, str))
     return size
+
+
+def _wants_json(request: dict[str, Any]) -> bool:
+    wanted = request.get("response_format")
+    return (isinstance(wanted, dict) and wanted.get("type") != "text") or bool(request.get("structured_outputs"))
 
 
 def _thinks(request: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 import orjson
 
 from penstock.core import sse
-from penstock.core.events import BlockStatus, FinishReason, StreamStatus
+from penstock.core.events import BlockStatus, FinishReason, ModerationAction, StreamStatus
 
 Event = Mapping[str, Any]
 
@@ -62,6 +62,15 @@ FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
         "valid": "boolean",
         "problem": "string!",
         "status": "block status",
+    },
+    "moderation": {
+        "choice": "count",
+        "block": "count?",
+        "action": "moderation action",
+        "rule": "string",
+        "category": "string",
+        "offset": "count",
+        "length": "count",
     },
     "usage": {
         **dict.fromkeys(_TOKENS, "count"),
@@ -363,6 +372,10 @@ class Verifier:
             self._report("tool_call", event, f"is valid, but its status is {event['status']}")
         self._close(event)
 
+    def _moderation(self, event: Event) -> None:
+        if event["block"] is not None and event["block"] >= self._choice(event).next_block:
+            self._report("G3", event, f"is for block {event['block']}, which was never opened")
+
     # -- usage -------------------------------------------------------------------------------------
 
     def _usage(self, event: Event) -> None:
@@ -437,6 +450,7 @@ _CHECKS: Final[Mapping[str, Callable[[Verifier, Event], None]]] = {
     "tool_call.arguments_chunk": Verifier._arguments,
     "tool_call.ready": Verifier._ready,
     "tool_call.end": Verifier._tool_end,
+    "moderation": Verifier._moderation,
     "usage": Verifier._usage,
     "finish": Verifier._finish,
     "error": Verifier._error,
@@ -511,6 +525,7 @@ CLOSED_SETS: Final[Mapping[str, tuple[str, ...]]] = {
     "finish reason": get_args(FinishReason),
     "block status": get_args(BlockStatus),
     "stream status": get_args(StreamStatus),
+    "moderation action": get_args(ModerationAction),
 }
 _KINDS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "string": lambda value: isinstance(value, str),

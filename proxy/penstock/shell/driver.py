@@ -11,6 +11,7 @@ from penstock.core.commands import (
     AskEngineHealth,
     Close,
     Command,
+    NoteIntervention,
     OpenClient,
     PauseEngine,
     RecordUsage,
@@ -21,6 +22,7 @@ from penstock.core.commands import (
     WakeAt,
 )
 from penstock.core.errors import EngineError
+from penstock.core.events import Intervention
 from penstock.core.exchange import Exchange
 from penstock.core.signals import Broke, ClientBacklog, ClientLeft, ClockTicked, Draining, EngineClosed, Signal
 from penstock.shell.client import ClientGone
@@ -49,6 +51,7 @@ class Driver:
         closing_seconds: float,
         record: Callable[[RecordUsage], None],
         holds: Callable[[int], None],
+        note: Callable[[Intervention], None],
     ) -> None:
         self._exchange = exchange
         self._client = client
@@ -57,6 +60,7 @@ class Driver:
         self._closing_seconds = closing_seconds
         self._record = record
         self._holds = holds
+        self._note = note
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -149,6 +153,8 @@ class Driver:
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():
                     self._record(command)
+                case NoteIntervention():
+                    self._note(command.intervention)
                 case _:
                     assert_never(command)
         return writes

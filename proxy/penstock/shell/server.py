@@ -13,9 +13,11 @@ from aiohttp import hdrs, web
 from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Dialect, Form, native, openai_chat
 from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
+from penstock.core.events import Intervention
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import Family, choose_family
 from penstock.core.request import StreamRequest, read_request
+from penstock.core.rules import Policy
 from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
@@ -26,6 +28,7 @@ from penstock.shell.cluster import Cluster, Wish, no_engine
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
 from penstock.shell.resume import Resume, Terms, read_terms
+from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, TaggedAnswer
 from penstock.shell.stores.log import Claim, Store
 from penstock.shell.streams import LiveStream, Streams
@@ -58,9 +61,11 @@ class Server:
         telemetry: Telemetry,
         store: Store,
         books: Books,
+        rules: Rulekeeper,
     ) -> None:
         self._settings = settings
         self._books = books
+        self._rules = rules
         self._gatekeeper = gatekeeper
         self.cluster = cluster
         self._telemetry = telemetry
@@ -180,7 +185,8 @@ class Server:
             return self._ask(engine, stream_id, family, request, headers)
 
         source = ClusterAnswer(self.cluster, Wish(request.model), ask, self._settings.routing.retries)
-        setting = self._setting(stream, family, request, trace)
+        policy = self._rules.choose(request.model, stream.principal)
+        setting = self._setting(stream, family, request, trace, policy)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         return Driver(
             exchange,
@@ -190,6 +196,7 @@ class Server:
             closing_seconds=self._settings.timing.closing_seconds,
             record=lambda record: self._record(account, trace, record),
             holds=place.wait,
+            note=lambda done: self._note(stream_id, done),
         )
 
     def _engine_headers(
@@ -252,6 +259,7 @@ class Server:
         family: Family,
         request: StreamRequest,
         trace: StreamTrace,
+        policy: Policy | None,
     ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
@@ -269,17 +277,22 @@ class Server:
                 first_byte_seconds=timing.first_byte_seconds,
                 heartbeat_seconds=timing.heartbeat_seconds,
                 engine_silence_seconds=timing.engine_silence_seconds,
+                hold_chars=self._settings.moderation.hold_chars,
             ),
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
             is_logged=stream.log is not None,
             resumable_until=self._resumable_until() if stream.log is not None else None,
+            policy=policy,
         )
 
     def _resumable_until(self) -> int | None:
         """Each event moves it on; this is what holds from the first."""
         seconds = self._settings.store.retention_seconds
         return int((time.time() + seconds) * 1000) if seconds else None
+
+    def _note(self, stream_id: str, done: Intervention) -> None:
+        _log.info("stream %s moderation: %s by the rule %s (%s)", stream_id, done.action, done.rule, done.category)
 
     def _record(self, account: Account, trace: StreamTrace, record: RecordUsage) -> None:
         trace.finish(record)

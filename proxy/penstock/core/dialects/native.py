@@ -14,6 +14,7 @@ from penstock.core.events import (
     ClientEvent,
     Failed,
     Finished,
+    Moderated,
     Role,
     StreamEnded,
     StreamStarted,
@@ -76,6 +77,8 @@ def type_and_fields(event: ClientEvent) -> tuple[str, dict[str, Any]]:
                 "bytes": event.sizes,
                 "final": event.final,
             }
+        case Moderated():
+            return _moderation(event)
         case Finished():
             return _finish(event)
         case StreamStarted():
@@ -118,6 +121,11 @@ def _tool_end(event: ToolEnded) -> tuple[str, dict[str, Any]]:
     if event.problem is not None:
         fields["problem"] = event.problem
     return "tool_call.end", {**fields, "status": event.status}
+
+
+def _moderation(event: Moderated) -> tuple[str, dict[str, Any]]:
+    fields = {"action": event.action, "rule": event.rule, "category": event.category}
+    return "moderation", {**_place(event), **fields, "offset": event.offset, "length": event.length}
 
 
 def _finish(event: Finished) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, assert_never
 import orjson
 
 from penstock.core.dialects import Ext, Form
-from penstock.core.errors import Problem
+from penstock.core.errors import CONTENT_FILTERED, Problem
 from penstock.core.events import (
     BlockEnded,
     BlockStarted,
@@ -14,6 +14,7 @@ from penstock.core.events import (
     ClientEvent,
     Failed,
     Finished,
+    Moderated,
     Role,
     StreamEnded,
     StreamStarted,
@@ -50,6 +51,8 @@ def _error(code: str, message: str, origin: str, param: str | None = None) -> di
 
 def _finish_reason(event: Finished) -> str | None:
     """The engine's word, but for calls that were found in the text, where it said `stop`."""
+    if event.reason == "content_filter":
+        return event.reason
     return "tool_calls" if event.calls_in_text else event.raw_reason
 
 
@@ -123,7 +126,7 @@ class ChatStream:
                 return self._fail(event)
             case StreamEnded():
                 return _DONE
-            case BlockStarted() | BlockEnded() | ToolReady() | ToolEnded() | Warned():
+            case BlockStarted() | BlockEnded() | ToolReady() | ToolEnded() | Moderated() | Warned():
                 return b""
             case _:
                 assert_never(event)
@@ -172,6 +175,8 @@ class ChatStream:
         return self._finish_chunk(finish, its_ext.with_beside(ext.beside))
 
     def _fail(self, event: Failed) -> bytes:
+        if event.code == CONTENT_FILTERED:
+            return b""  # the choices finish with `content_filter`, which is how this dialect says it
         self._over = True
         return _frame(event.engine_body or _error(event.code, event.message, event.origin))
 
@@ -245,7 +250,7 @@ class ChatWhole:
         return b""
 
     def whole(self) -> tuple[int, bytes]:
-        if self._failure is not None:
+        if self._failure is not None and self._failure.code != CONTENT_FILTERED:
             error = _error(self._failure.code, self._failure.message, self._failure.origin)
             return self._failure.status, orjson.dumps(self._failure.engine_body or error)
         if any(finish.reason == "cancelled" for finish in self._finishes.values()):
@@ -274,6 +279,9 @@ class ChatWhole:
         for name in ("reasoning_content", "reasoning"):
             if reasoning != (message.get(name) or "") and (name in message or name == "reasoning"):
                 message[name] = reasoning or None
+        refusal_text = self._joined(index, "refusal")
+        if refusal_text != (message.get("refusal") or ""):
+            message["refusal"] = refusal_text or None
         calls = self._calls.get(index, [])
         if calls and not message.get("tool_calls"):
             message["tool_calls"] = calls

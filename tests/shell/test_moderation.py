@@ -1,0 +1,109 @@
+"""Moderation over real connections: settings, halts that reach the engine, rules that change while it runs."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.settings import SettingsError, load_settings
+from penstock.shell.rulebook import load_rulebook
+from support import chunks
+from support.sockets import until
+from support.upstreams import engine_app, in_front_of, opened, saying, silence
+
+CODENAME = {"id": "codename", "literal": "Project Zephyr"}
+TICKET = {"id": "ticket", "regex": "TKT-[0-9]{6}", "action": "halt", "category": "internal"}
+RULES = [CODENAME, TICKET]
+
+
+@pytest.mark.usefixtures("no_blocking_calls")
+async def test_a_redacted_answer_in_every_form() -> None:
+    engine, _ = engine_app(saying(*chunks.answer_of(list("It is Project Zephyr."))))
+    async with in_front_of(engine, moderation__rules=RULES) as setup:
+        sse = await setup.caller.stream()
+        assert sse.text() == "It is [redacted]."
+        assert sse.one("moderation")["rule"] == "codename"
+        folded = await setup.caller.stream("application/json")
+        assert folded.json["choices"][0]["text"] == "It is [redacted]."
+        assert folded.json["moderation"][0]["action"] == "redact"
+        chat = await setup.caller.chat(stream=True)
+        assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chat.chunks) == "It is [redacted]."
+        for answer in (sse, folded, chat):
+            assert b"Zephyr" not in answer.body
+
+
+@pytest.mark.usefixtures("no_blocking_calls")
+async def test_a_halt_aborts_the_engine() -> None:
+    async def goes_on(request: Any) -> Any:
+        response = await opened(request)
+        for piece in (chunks.role(), chunks.content("See TKT-12"), chunks.content("3456!")):
+            await response.write(piece)
+        await silence()
+        return response
+
+    engine, seen = engine_app(goes_on)
+    async with in_front_of(engine, moderation__rules=RULES) as setup:
+        answer = await setup.caller.stream()
+        assert answer.text() == "See "
+        assert answer.finish()["reason"] == "content_filter"
+        await until(lambda: seen.open == 0)
+        assert seen.left == 1
+
+
+@pytest.mark.usefixtures("no_blocking_calls")
+async def test_rules_are_read_again_without_a_restart(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    await asyncio.to_thread(rules.write_text, "rules: [{id: a, literal: alpha}]\n")
+    engine, _ = engine_app(saying(*chunks.answer_of(["alpha beta"])))
+    async with in_front_of(engine, moderation__packs=[str(rules)], moderation__reload_seconds=0.02) as setup:
+        assert (await setup.caller.stream()).text() == "[redacted] beta"
+        await asyncio.to_thread(rules.write_text, "rules: [{id: b, regex: 'beta+'}]\n")  # + has no bound
+        await asyncio.sleep(0.2)
+        assert (await setup.caller.stream()).text() == "[redacted] beta"
+        await asyncio.to_thread(rules.write_text, "rules: [{id: bee, literal: beta}]\n")
+        for _ in range(200):
+            if (answer := await setup.caller.stream()).text() == "alpha [redacted]":
+                break
+            await asyncio.sleep(0.02)
+        assert answer.text() == "alpha [redacted]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"regex": "a+"}, "matches without bound"),
+        ({"regex": "a{1,9000}"}, "hold_chars"),
+        ({"regex": "(?<=a)b"}, "looks around"),
+        ({"regex": r"(a)\1"}, "refers back"),
+        ({"regex": "^a"}, "has no lines"),
+        ({"regex": r"a\bb"}, "has no lines"),
+        ({"regex": "(?:a{1,50}){1,50}b"}, "exponential time"),
+        ({"regex": "(?:a|ab|b){2,30}c"}, "exponential time"),
+        ({"regex": "a{0,500}a{0,500}b"}, "too many ways"),
+        ({"regex": "a{0,3}"}, "matches the empty text"),
+        ({"regex": "("}, "is no regular expression"),
+        ({"regex": "a(?>b)c"}, "atomic"),
+        ({"regex": "a(?i:b)c"}, "switches a flag"),
+        ({"literal": "\u200b"}, "invisible characters alone"),
+        ({"regex": "a", "literal": "b"}, "exactly one of"),
+        ({"regex": "a", "check": "feeling"}, "is none of"),
+        ({"regex": "a", "whole_word": True}, "whole_word is for literals"),
+        ({"words_file": "/nowhere/words"}, "cannot be read"),
+    ],
+)
+def test_a_rule_that_cannot_be_kept_is_refused_with_the_reason(rule: dict[str, Any], words: str) -> None:
+    flags = {"upstreams": [{"url": "http://x"}], "moderation.rules": [{"id": "r", **rule}]}
+    with pytest.raises(SettingsError, match=words):
+        load_rulebook(load_settings(environment={}, flags=flags).moderation)
+
+
+def test_an_unknown_pack_and_two_rules_of_one_name_are_refused() -> None:
+    def load(**moderation: Any) -> None:
+        flags = {"upstreams": [{"url": "http://x"}], "moderation": moderation}
+        load_rulebook(load_settings(environment={}, flags=flags).moderation)
+
+    with pytest.raises(SettingsError, match=r"'pi' is no pack; there are .*profanity"):
+        load(packs=["pi"])
+    with pytest.raises(SettingsError, match="two rules are called 'codename'"):
+        load(rules=[CODENAME, CODENAME])
