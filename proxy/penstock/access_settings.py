@@ -4,6 +4,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -15,6 +16,12 @@ DEFAULT_PLAN = "default"
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _web_url(url: str) -> str:
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise ValueError("must be a URL like https://login.example/.well-known/jwks.json")
+    return url
 
 
 class Plan(_Part):
@@ -94,11 +101,56 @@ StoredKey = Annotated[str, AfterValidator(_stored_key)]
 KeyName = Annotated[str, AfterValidator(key_name)]
 
 
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+
+
+class JwtSettings(_Part):
+    """Only signatures by a private key: with a shared secret, whoever can check a token could make one."""
+
+    issuer: str = Field(min_length=1, description="the `iss` that a token must have, to the letter")
+    audience: str = Field(min_length=1, description="the `aud` that a token must have, or one of its list")
+    jwks_url: Annotated[str, AfterValidator(_web_url)] = Field(description="where the issuer publishes its keys")
+    algorithms: list[Algorithm] = Field(["RS256", "ES256"], min_length=1, description="how a token may be signed")
+    leeway_seconds: float = Field(30, ge=0, le=600, description="by how much clocks may differ")
+    refresh_seconds: float = Field(300, gt=0, description="age at which the issuer's keys are fetched again")
+    stale_seconds: float = Field(86400, gt=0, description="age up to which keys count while jwks_url is gone; then 503")
+    principal_claim: str = Field("sub", min_length=1, description="the claim that names the caller, as jwt:VALUE")
+    plan_claim: str | None = Field(None, description="the claim that names one of auth.plans, otherwise `default`")
+    scope: str | None = Field(None, description="a word that `scope` or `scp` must hold, else 403")
+
+
+class Tls(_Part):
+    cert_file: Path = Field(description="the certificate and those between it and its root, PEM")
+    key_file: Path = Field(description="its private key, PEM, without a password")
+    client_ca_file: Path | None = Field(
+        None, description="roots of client certificates; then every route but health and schema needs one"
+    )
+
+
+class Cors(_Part):
+    origins: list[str] = Field(
+        default_factory=list, description="origins of web pages that may call, like https://app.example; or '*'"
+    )
+    max_age_seconds: int = Field(600, ge=0, description="how long a browser need not ask again")
+
+    @field_validator("origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if origin != "*" and (
+                parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"{origin!r} is no origin; write it like https://app.example, without a path")
+        return origins
+
+
 class Auth(_Part):
     keys_file: Path | None = Field(None, description="file of hashed keys, a line each: name=sha256:<hex> and options")
     keys: dict[KeyName, StoredKey] = Field(
         default_factory=dict, description="name -> sha256:<hex of the key> and options"
     )
+    jwt: JwtSettings | None = Field(None, description="tokens of an issuer, beside keys (extra `jwt`)")
     allow_anonymous: bool = Field(False, description="serve without keys beyond loopback; only behind your own gate")
     reload_seconds: float = Field(5, gt=0, description="how often files of keys and certificates are looked at again")
     plans: dict[str, Plan] = Field(

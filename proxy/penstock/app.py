@@ -19,16 +19,23 @@ from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.server import Server
 from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.telemetry import Telemetry
+from penstock.shell.tls import TlsFiles
+from penstock.shell.watched import Reloadable, watch
 
 _log = logging.getLogger("penstock")
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
-    """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it."""
-    gatekeeper = await asyncio.to_thread(Gatekeeper.load, settings.auth)
+async def running(settings: Settings, look_now: asyncio.Event | None = None) -> AsyncIterator[tuple[Server, str]]:
+    """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it.
+
+    Once `look_now` is set, the files that may change are read again at once.
+    """
+    tls = await asyncio.to_thread(TlsFiles.load, settings.listen.tls) if settings.listen.tls else None
+    certificates = bool(settings.listen.tls and settings.listen.tls.client_ca_file)
+    gatekeeper = await Gatekeeper.load(settings.auth, certificates=certificates)
     rules = await asyncio.to_thread(Rulekeeper.load, settings.moderation)
-    if not gatekeeper.asks_for_keys and not settings.is_loopback:
+    if gatekeeper.lets_anybody_in and not settings.is_loopback:
         _log.warning(
             "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
             settings.listen.host,
@@ -42,22 +49,33 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Server, str]]:
         store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
         stack.push_async_callback(store.close)
         server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules)
-        for watch in (gatekeeper.watch(), rules.watch()):
-            stack.callback(asyncio.create_task(watch).cancel)
+        stack.push_async_callback(gatekeeper.close)
+        watched: list[Reloadable] = [gatekeeper, *([tls] if tls else [])]
+        looking = watch(watched, settings.auth.reload_seconds, look_now or asyncio.Event())
+        for work in (looking, rules.watch()):
+            stack.callback(asyncio.create_task(work).cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
-        runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
+        runner = web.AppRunner(
+            server.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1,
+            # Of a connection whose request line and headers have not come, too: who sends them byte by byte is dropped.
+            keepalive_timeout=settings.timing.keepalive_seconds,
+        )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         listening = _listen(settings.listen.host, settings.listen.port, settings.slow_client.socket_bytes)
-        await web.SockSite(runner, listening).start()
-        yield server, _url(listening)
+        await web.SockSite(runner, listening, ssl_context=tls.context if tls else None).start()
+        yield server, _url(listening, "https" if tls else "http")
         await server.drain()
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then drains. `announce` is called with the URL once it listens."""
-    stop = _stop_signal()
-    async with running(settings) as (server, url):
+    stop, look_now = _stop_signal(), asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_now.set)
+    async with running(settings, look_now) as (server, url):
         announce(url)
         await stop.wait()
         _log.info("stopping: %d streams are open", server.open_streams)
@@ -100,6 +118,6 @@ def _listen(host: str, port: int, socket_bytes: int) -> socket.socket:
     return listening
 
 
-def _url(listening: socket.socket) -> str:
+def _url(listening: socket.socket, scheme: str) -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -15,6 +15,7 @@ from penstock.settings import Settings, SettingsError, load_settings
 from penstock.shell.auth import Gatekeeper, hash_key
 from penstock.shell.replay import run_replay
 from penstock.shell.rulebook import load_rulebook
+from penstock.shell.tls import TlsFiles
 
 # What a wrong setting or wrong input exits with, as argparse does for wrong flags.
 _WRONG_USE = 2
@@ -101,8 +102,10 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 def _check_config(parsed: argparse.Namespace) -> int:
     settings = _settings(parsed)
-    Gatekeeper.load(settings.auth)
+    asyncio.run(Gatekeeper.load(settings.auth))
     load_rulebook(settings.moderation)
+    if settings.listen.tls is not None:
+        TlsFiles.load(settings.listen.tls)
     print(settings.model_dump_json(indent=2))
     return 0
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from penstock.access_settings import Auth, UsageSettings
+from penstock.access_settings import Auth, Cors, Tls, UsageSettings
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 from penstock.core.pacing import Measure, SlowClient
@@ -56,6 +56,8 @@ class _Part(BaseModel):
 class Listen(_Part):
     host: str = Field("127.0.0.1", description="address to listen on; anything but loopback needs API keys")
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 lets the system choose")
+    tls: Tls | None = Field(None, description="serve HTTPS; the files are read again when they change")
+    cors: Cors = Field(Cors(), description="which web pages may call from a browser")
 
 
 class Upstream(_Part):
@@ -216,6 +218,9 @@ class Timing(_Part):
     first_byte_seconds: float = Field(1, gt=0, description="the head of a stream waits no longer for the first token")
     heartbeat_seconds: float = Field(15, gt=0, description="silence after which a heartbeat is sent")
     engine_silence_seconds: float = Field(20, gt=0, description="silence after which the engine's health is asked")
+    keepalive_seconds: float = Field(
+        75, gt=0, description="silence after which a connection is closed on which no request came or is being sent"
+    )
     drain_seconds: float = Field(30, ge=0, description="time that open streams get after SIGTERM")
     closing_seconds: float = Field(10, gt=0, description="time that a client gets to take the last bytes")
 
@@ -240,11 +245,13 @@ class Settings(_Part):
 
     @model_validator(mode="after")
     def _never_an_open_relay(self) -> "Settings":
-        has_keys = bool(self.auth.keys or self.auth.keys_file)
+        has_certificates = bool(self.listen.tls and self.listen.tls.client_ca_file)
+        has_keys = bool(self.auth.keys or self.auth.keys_file or self.auth.jwt or has_certificates)
         if not has_keys and not self.is_loopback and not self.auth.allow_anonymous:
             raise ValueError(
-                f"listen.host {self.listen.host!r} is not loopback and there are no API keys; set auth.keys_file or "
-                "auth.keys, listen on 127.0.0.1, or set auth.allow_anonymous where something else guards this port"
+                f"listen.host {self.listen.host!r} is not loopback and there are no API keys; set auth.keys_file, "
+                "auth.keys, auth.jwt or listen.tls.client_ca_file, listen on 127.0.0.1, or set auth.allow_anonymous "
+                "where something else guards this port"
             )
         return self
 

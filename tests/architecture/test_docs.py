@@ -28,6 +28,7 @@ SETTINGS_FILE = "# penstock.yaml"
 PROBLEMS = {"CallerError", "EngineError", "LimitReached", "Overloaded", "OurBug", "PolicyError", "Failed"} | {
     "_fail",
     "_error",
+    "challenged",
 }
 
 

@@ -48,24 +48,24 @@ def write(file: Path, text: str | None) -> None:
 # --- The keyring ------------------------------------------------------------------------------------
 
 
-def test_without_keys_everybody_is_anonymous() -> None:
-    gatekeeper = Gatekeeper.load(Auth())
+async def test_without_keys_everybody_is_anonymous() -> None:
+    gatekeeper = await Gatekeeper.load(Auth())
     assert not gatekeeper.asks_for_keys
-    assert gatekeeper.authenticate({}).name == ANONYMOUS
+    assert (await gatekeeper.authenticate({})).name == ANONYMOUS
 
 
-def test_keys_come_from_the_file_and_the_settings(keys: Path) -> None:
-    gatekeeper = Gatekeeper.load(Auth(keys_file=keys, keys={"carol": hash_key("carols-key")}))
+async def test_keys_come_from_the_file_and_the_settings(keys: Path) -> None:
+    gatekeeper = await Gatekeeper.load(Auth(keys_file=keys, keys={"carol": hash_key("carols-key")}))
     assert gatekeeper.asks_for_keys
-    assert gatekeeper.authenticate(bearer(ALICE)).name == "alice"
-    assert gatekeeper.authenticate({"Authorization": f"bearer   {BOB}"}).name == "bob"
-    assert gatekeeper.authenticate({"X-Api-Key": "carols-key"}).name == "carol"
+    assert (await gatekeeper.authenticate(bearer(ALICE))).name == "alice"
+    assert (await gatekeeper.authenticate({"Authorization": f"bearer   {BOB}"})).name == "bob"
+    assert (await gatekeeper.authenticate({"X-Api-Key": "carols-key"})).name == "carol"
 
 
 @pytest.mark.parametrize("headers", WRONG)
-def test_any_other_key_is_refused_with_a_challenge(keys: Path, headers: Mapping[str, str]) -> None:
+async def test_any_other_key_is_refused_with_a_challenge(keys: Path, headers: Mapping[str, str]) -> None:
     with pytest.raises(CallerError) as caught:
-        Gatekeeper.load(Auth(keys_file=keys)).authenticate(headers)
+        await (await Gatekeeper.load(Auth(keys_file=keys))).authenticate(headers)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
     assert caught.value.headers == {"WWW-Authenticate": 'Bearer realm="penstock"'}
 
@@ -111,18 +111,18 @@ def test_a_keys_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) 
         Keyring.load(Auth(keys_file=file))
 
 
-def test_a_key_has_a_plan_and_words_of_its_own(tmp_path: Path) -> None:
+async def test_a_key_has_a_plan_and_words_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     limits = "plan=gold streams=7 models=qwen*,llama-3 quota_tokens=5000 quota_period=day"
     file.write_text(f"alice={hash_key(ALICE)} {limits}\nbob={hash_key(BOB)}\n")
     plans = {"gold": Plan(requests_per_minute=60, streams=2), "default": Plan(streams=1)}
-    gatekeeper = Gatekeeper.load(Auth(keys_file=file, plans=plans))
-    alice = gatekeeper.authenticate(bearer(ALICE))
+    gatekeeper = await Gatekeeper.load(Auth(keys_file=file, plans=plans))
+    alice = await gatekeeper.authenticate(bearer(ALICE))
     assert alice.plan == Plan(
         requests_per_minute=60, streams=7, models=["qwen*", "llama-3"], quota_tokens=5000, quota_period="day"
     )
     assert [alice.may_ask(model) for model in ("qwen3-8b", "llama-3", "llama-33", "Qwen")] == [True, True, False, False]
-    bob = gatekeeper.authenticate(bearer(BOB))
+    bob = await gatekeeper.authenticate(bearer(BOB))
     assert bob.plan == Plan(streams=1)
     assert bob.may_ask("anything")
 
@@ -139,21 +139,21 @@ def test_a_key_is_good_until_it_expires(tmp_path: Path) -> None:
 async def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(
     keys: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gatekeeper = Gatekeeper.load(Auth(keys_file=keys))
+    gatekeeper = await Gatekeeper.load(Auth(keys_file=keys))
     write(keys, f"bob={hash_key(BOB)}\ncarol={hash_key('carols-key')}\n")
     await gatekeeper.reload()
-    assert gatekeeper.authenticate(bearer("carols-key")).name == "carol"
+    assert (await gatekeeper.authenticate(bearer("carols-key"))).name == "carol"
     with pytest.raises(CallerError):
-        gatekeeper.authenticate(bearer(ALICE))
+        await gatekeeper.authenticate(bearer(ALICE))
     for wrong in ("", f"bob={BOB}\n"):
         write(keys, wrong)
         await gatekeeper.reload()
-        assert gatekeeper.authenticate(bearer(BOB)).name == "bob"
+        assert (await gatekeeper.authenticate(bearer(BOB))).name == "bob"
         assert "the keys in use stay as they were: auth.keys_file" in caplog.text
         assert BOB not in caplog.text
     write(keys, None)
     await gatekeeper.reload()
-    assert gatekeeper.authenticate(bearer(BOB)).name == "bob"
+    assert (await gatekeeper.authenticate(bearer(BOB))).name == "bob"
 
 
 async def test_a_file_replaced_behind_a_link_is_read_again(tmp_path: Path) -> None:
@@ -163,11 +163,11 @@ async def test_a_file_replaced_behind_a_link_is_read_again(tmp_path: Path) -> No
         (tmp_path / day / "keys.txt").write_text(f"it={hash_key(key)}\n")
     link = tmp_path / "now"
     link.symlink_to("monday")
-    gatekeeper = Gatekeeper.load(Auth(keys_file=link / "keys.txt"))
+    gatekeeper = await Gatekeeper.load(Auth(keys_file=link / "keys.txt"))
     (tmp_path / "next").symlink_to("tuesday")
     (tmp_path / "next").rename(link)
     await gatekeeper.reload()
-    assert gatekeeper.authenticate(bearer(BOB)).name == "it"
+    assert (await gatekeeper.authenticate(bearer(BOB))).name == "it"
 
 
 # --- Over HTTP --------------------------------------------------------------------------------------

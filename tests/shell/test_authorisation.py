@@ -8,14 +8,18 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientTimeout, web
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from penstock.shell.auth import OPEN_ROUTES, hash_key
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, chat, whole
+from support.issuer import Issuer, issuing
 from support.sockets import until
 from support.upstreams import Seen, Setup, engine_app, in_front_of, opened, silence
 
@@ -27,6 +31,17 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
+# What a token says that must not be let in; the issuer makes them when the test runs.
+BAD_TOKENS: dict[str, dict[str, Any]] = {
+    "a token that has expired": {"exp": 1},
+    "a token for another audience": {"aud": "another"},
+    "a token of another issuer": {"iss": "https://evil.example/"},
+    "a token with a wrong signature": {"key": rsa.generate_private_key(65537, 2048)},
+    "a token signed by a shared secret": {"algorithm": "HS256", "key": "s" * 64},
+    "a token without a subject": {"subject": None},
+}
+# The body of a route whose body is no chat request, by the end of its path. That it fits is what the last test sees.
+BODIES: dict[str, Any] = {"resume": {"after": 0}}
 BAD: dict[str, Mapping[str, str]] = {
     "none": {},
     "empty": bearer(""),
@@ -60,6 +75,17 @@ class Route:
 class Deployment:
     setup: Setup
     seen: Seen
+    issuer: Issuer
+
+    def bad(self, credential: str) -> Mapping[str, str]:
+        if credential in BAD:
+            return BAD[credential]
+        return bearer(self.issuer.token(**BAD_TOKENS[credential]))
+
+    def good(self) -> dict[str, Mapping[str, str]]:
+        """Three callers: two with keys, one with a token whose subject is the name of one of them."""
+        token = bearer(self.issuer.token("alice"))
+        return {"alice": bearer(KEYS["alice"]), "bob": bearer(KEYS["bob"]), "jwt:alice": token}
 
     def routes(self) -> Iterator[Route]:
         for resource in self.setup.sidecar.server.application().router.resources():
@@ -68,8 +94,8 @@ class Deployment:
                     yield Route("GET" if route.method == "*" else route.method, resource.canonical)
 
     async def ask(self, route: Route, stream_id: str, headers: Mapping[str, str], accept: str = SSE) -> Answer:
-        """The head and, of anything but a stream, the body. The request is one that fits every route there is."""
-        body = json.dumps(chat(stream=True, after=0, kind="note", data={"a": 1}, input="hi", prompt="hi"))
+        """The head and, of anything but a stream, the body."""
+        body = json.dumps(BODIES.get(route.path.rpartition("/")[2], chat(stream=True)))
         url = self.setup.caller.url + route.at(stream_id)
         sent = {"Accept": accept, "Content-Type": "application/json", **headers}
         data = body if route.method in ("POST", "PUT", "PATCH") else None
@@ -97,7 +123,10 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
     file = tmp_path / "keys.txt"
     file.write_text("\n".join([*good, late, f"gone={hash_key(KEYS['gone'])}"]))
     app, seen = engine_app(one_word)
-    async with in_front_of(app, auth__keys_file=str(file), auth__reload_seconds=0.02) as setup:
+    async with (
+        issuing() as issuer,
+        in_front_of(app, auth__keys_file=str(file), auth__jwt=issuer.settings(), auth__reload_seconds=0.02) as setup,
+    ):
         assert (await setup.caller.get("/v1/models", bearer(KEYS["gone"]))).status == 200
         file.write_text("\n".join([*good, late]))
 
@@ -105,7 +134,7 @@ async def deployment(tmp_path: Path) -> AsyncIterator[Deployment]:
             return (await setup.caller.get("/v1/models", bearer(KEYS["gone"]))).status == 401
 
         await until(is_revoked)
-        yield Deployment(setup, seen)
+        yield Deployment(setup, seen, issuer)
 
 
 async def test_the_open_routes_are_these_and_no_other(deployment: Deployment) -> None:
@@ -115,15 +144,16 @@ async def test_the_open_routes_are_these_and_no_other(deployment: Deployment) ->
             assert (await deployment.ask(route, UNKNOWN_STREAM, {})).status == 200, route
 
 
-@pytest.mark.parametrize("credential", BAD)
+@pytest.mark.parametrize("credential", [*BAD, *BAD_TOKENS])
 async def test_every_other_route_refuses_who_has_no_good_key(deployment: Deployment, credential: str) -> None:
     checked = 0
     for route in deployment.routes():
         if route.is_open:
             continue
         for accept in (SSE, NDJSON, FOLDED) if route.method == "POST" else (SSE,):
-            answer = await deployment.ask(route, UNKNOWN_STREAM, BAD[credential], accept)
-            assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), (route, accept)
+            answer = await deployment.ask(route, UNKNOWN_STREAM, deployment.bad(credential), accept)
+            code = "invalid_api_key" if credential in BAD else "invalid_token"
+            assert (answer.status, answer.error["code"]) == (401, code), (route, accept)
             assert answer.headers["WWW-Authenticate"].startswith('Bearer realm="penstock"'), route
             assert "X-Stream-Id" not in answer.headers
             checked += 1
@@ -133,9 +163,10 @@ async def test_every_other_route_refuses_who_has_no_good_key(deployment: Deploym
 
 async def test_every_route_lets_a_good_key_in(deployment: Deployment) -> None:
     for route in deployment.routes():
-        for accept in (SSE, NDJSON) if route.method == "POST" else (SSE,):
-            answer = await deployment.ask(route, UNKNOWN_STREAM, bearer(KEYS["alice"]), accept)
-            assert answer.status not in (401, 403, 405, 500), (route, accept, answer.body)
+        for name, credential in deployment.good().items():
+            for accept in (SSE, NDJSON) if route.method == "POST" else (SSE,):
+                answer = await deployment.ask(route, UNKNOWN_STREAM, credential, accept)
+                assert answer.status not in (401, 403, 405, 500), (name, route, accept, answer.body)
 
 
 async def test_a_stream_of_another_looks_like_one_that_never_was(deployment: Deployment) -> None:
@@ -160,9 +191,28 @@ async def test_a_stream_of_another_looks_like_one_that_never_was(deployment: Dep
 
 
 async def _looks_unknown(deployment: Deployment, route: Route, stream_id: str) -> None:
-    for accept in (SSE, NDJSON, FOLDED):
-        others = await deployment.ask(route, stream_id, bearer(KEYS["bob"]), accept)
-        unknown = await deployment.ask(route, UNKNOWN_STREAM, bearer(KEYS["bob"]), accept)
+    """To everybody but alice: to bob, and to a token whose subject is called alice too."""
+    strangers = [name for name in deployment.good() if name != "alice"]
+    for name, accept in product(strangers, (SSE, NDJSON, FOLDED)):
+        credential = deployment.good()[name]
+        others = await deployment.ask(route, stream_id, credential, accept)
+        unknown = await deployment.ask(route, UNKNOWN_STREAM, credential, accept)
         assert others.status == unknown.status, (route, accept)
         assert others.body.replace(stream_id.encode(), UNKNOWN_STREAM.encode()) == unknown.body, (route, accept)
         assert set(others.headers) == set(unknown.headers), (route, accept)
+
+
+async def test_who_owns_a_stream_reaches_it_by_every_route(deployment: Deployment) -> None:
+    """The other half of the test above: what is refused to others is there for its owner."""
+    caller, alice = deployment.setup.caller, deployment.good()["alice"]
+    async with caller.opened("/v1/streams", chat(), alice) as response:
+        await response.content.readuntil(b"Hello")
+        stream_id = response.headers["X-Stream-Id"]
+        for route in deployment.routes():
+            if route.of_a_stream and route.method != "DELETE":
+                own = await deployment.ask(route, stream_id, alice)
+                unknown = await deployment.ask(route, UNKNOWN_STREAM, alice)
+                assert own.status < 300, (route, own.body)
+                assert unknown.status == 404, (route, unknown.body)
+        assert (await caller.delete(stream_id, alice)).status == 204
+        assert b'"status":"cancelled"' in await response.content.read()

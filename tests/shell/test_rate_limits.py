@@ -12,8 +12,8 @@ from aiohttp import web
 
 from penstock.access_settings import Plan
 from penstock.core.errors import CallerError, Overloaded
-from penstock.shell.auth import Caller as Principal
 from penstock.shell.auth import hash_key
+from penstock.shell.callers import Caller as Principal
 from penstock.shell.ledgers import Entry, RedisLedger, Verdict, connected
 from penstock.shell.rate_limits import RateLimits, spell_seconds
 from penstock.shell.replay import serving

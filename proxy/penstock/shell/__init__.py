@@ -5,5 +5,7 @@ exchange between `engine` (the connection to vLLM) and `client` (the connection 
 engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. Between driver and client
 stands `streams`: every event goes into a log of `stores/` before it is sent, and `resume` answers from logs. `auth`
 knows the keys and lets callers in; `books` opens an account for each stream: `rate_limits` over `ledgers`, and
-`usage_records`. `rulebook` knows the moderation rules, `telemetry` knows the traces, `replay` is the mock engine.
+`usage_records`. `tokens` asks an issuer who a caller is, `callers` says what one is; `tls` and `cors` guard the door,
+`watched` looks at files again. `rulebook` knows the moderation rules, `telemetry` the traces, `replay` is the mock
+engine.
 """

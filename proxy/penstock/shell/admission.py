@@ -12,7 +12,8 @@ from aiohttp import web
 
 from penstock.core.errors import CallerError, Overloaded
 from penstock.settings import Limits
-from penstock.shell.auth import ANONYMOUS, Caller
+from penstock.shell.auth import ANONYMOUS
+from penstock.shell.callers import Caller
 
 # A full replica has room again as soon as any stream ends; whoever retries sooner only adds to the crowd.
 RETRY = {"Retry-After": "1"}

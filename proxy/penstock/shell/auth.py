@@ -1,4 +1,4 @@
-"""Who asks, and what that caller may use: API keys, known only by their hash and read again when they change."""
+"""Who asks: the gate before every route, and the API keys, known only by their hash and read again when they change."""
 
 import asyncio
 import hashlib
@@ -6,31 +6,22 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from aiohttp import web
 
-from penstock.access_settings import DEFAULT_PLAN, Auth, KeyEntry, Plan, key_name, plan_named, read_key
-from penstock.core.errors import CallerError
+from penstock.access_settings import DEFAULT_PLAN, Auth, KeyEntry, key_name, plan_named, read_key
 from penstock.settings import SettingsError
+from penstock.shell.callers import Caller, challenged
+from penstock.shell.tls import certificate_name
+from penstock.shell.tokens import Tokens
+from penstock.shell.watched import fingerprint
 
 _log = logging.getLogger("penstock")
 
 ANONYMOUS = "anonymous"
 # The only routes that answer without a key. Every other one, a new one too, goes through `Gatekeeper.admit`.
 OPEN_ROUTES = frozenset({"/healthz", "/readyz", "/v1/schema"})
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """A principal: `name` owns streams, is billed and limited; several keys may lead to one name."""
-
-    name: str
-    plan: Plan
-
-    def may_ask(self, model: str) -> bool:
-        return any(fnmatchcase(model, pattern) for pattern in self.plan.models)
 
 
 _CALLER = web.RequestKey("_CALLER", Caller)
@@ -111,48 +102,61 @@ def _read_keys(path: Path, auth: Auth) -> dict[str, _Key]:
 class Gatekeeper:
     """Lets in whom the settings know. Without any keys everybody is `anonymous` and the engine's own keys decide."""
 
-    def __init__(self, auth: Auth, keyring: Keyring) -> None:
+    def __init__(self, auth: Auth, keyring: Keyring, tokens: Tokens | None, *, certificates: bool = False) -> None:
         self._auth = auth
         self._keyring = keyring
-        self._seen = _fingerprint(auth.keys_file)
-        self._anonymous = Caller(ANONYMOUS, plan_named(auth.plans, DEFAULT_PLAN))
+        self._tokens = tokens
+        self._certificates = certificates
+        self._seen = fingerprint(auth.keys_file)
+        self._default = plan_named(auth.plans, DEFAULT_PLAN)
 
     @classmethod
-    def load(cls, auth: Auth) -> "Gatekeeper":
-        """Raises `SettingsError`. Reads files."""
-        return cls(auth, Keyring.load(auth))
+    async def load(cls, auth: Auth, *, certificates: bool = False) -> "Gatekeeper":
+        """`certificates` says that callers need one, be it beside a key. Raises `SettingsError`."""
+        return cls(auth, await asyncio.to_thread(Keyring.load, auth), Tokens.load(auth), certificates=certificates)
 
     @property
     def asks_for_keys(self) -> bool:
-        return bool(self._keyring)
+        return bool(self._keyring) or self._tokens is not None
+
+    @property
+    def lets_anybody_in(self) -> bool:
+        return not self.asks_for_keys and not self._certificates
 
     async def admit(self, http: web.Request) -> None:
-        """Tells the request its caller. Raises `CallerError` (401) with the challenge that RFC 9110 asks for."""
-        http[_CALLER] = self.authenticate(http.headers)
+        """Tells the request its caller. Raises `CallerError` (401, 403), or `Overloaded` where nobody can say."""
+        certificate = certificate_name(http) if self._certificates else None
+        if self._certificates and certificate is None:
+            raise challenged(
+                "client_certificate_required", "this needs a client certificate (listen.tls.client_ca_file)"
+            )
+        if self._certificates and not self.asks_for_keys:
+            http[_CALLER] = Caller(f"cert:{certificate}", self._default)
+        else:
+            http[_CALLER] = await self.authenticate(http.headers)
 
-    def authenticate(self, headers: Mapping[str, str]) -> Caller:
+    async def authenticate(self, headers: Mapping[str, str]) -> Caller:
+        """Who has these headers; `anonymous` where there are no keys at all."""
         if not self.asks_for_keys:
-            return self._anonymous
+            return Caller(ANONYMOUS, self._default)
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else headers.get("X-Api-Key", "")
-        caller = self._keyring.find(key, time.time()) if key else None
-        if caller is None:
-            what = "is not known here, or has expired" if key else "is missing; send Authorization: Bearer <key>"
-            challenge = {"WWW-Authenticate": 'Bearer realm="penstock"'}
-            raise CallerError("invalid_api_key", f"the API key {what}", status=401, headers=challenge)
-        return caller
+        if not key:
+            raise challenged("invalid_api_key", "the API key is missing; send Authorization: Bearer <key>")
+        caller = self._keyring.find(key, time.time())
+        if caller is not None:
+            return caller
+        if self._tokens is not None and key.count(".") == 2:
+            return await self._tokens.caller(key)
+        raise challenged("invalid_api_key", "the API key is not known here, or has expired")
 
-    # -- files that change -------------------------------------------------------------------------
-
-    async def watch(self) -> None:
-        """For ever: reads the keys again when their file has changed. Streams that are open go on."""
-        while True:
-            await asyncio.sleep(self._auth.reload_seconds)
-            await self.reload()
+    async def close(self) -> None:
+        if self._tokens is not None:
+            await self._tokens.close()
 
     async def reload(self) -> None:
         """Takes the keys over if their file changed and is right; a file that is wrong changes nothing."""
-        seen = await asyncio.to_thread(_fingerprint, self._auth.keys_file)
+        seen = await asyncio.to_thread(fingerprint, self._auth.keys_file)
         if seen == self._seen:
             return
         self._seen = seen
@@ -162,12 +166,3 @@ class Gatekeeper:
             _log.error("the keys in use stay as they were: %s", error)
         else:
             _log.info("the keys were read again from %s", self._auth.keys_file)
-
-
-def _fingerprint(path: Path | None) -> tuple[int, int, int] | None:
-    """Changes with the file, be it written in place or replaced behind a link as Kubernetes replaces a Secret."""
-    try:
-        state = path.stat() if path is not None else None
-    except OSError:
-        return None
-    return (state.st_mtime_ns, state.st_size, state.st_ino) if state else None

@@ -11,7 +11,7 @@ from typing import Any
 from penstock.core.commands import RecordUsage
 from penstock.core.request import StreamRequest
 from penstock.settings import Settings, SettingsError
-from penstock.shell.auth import Caller
+from penstock.shell.callers import Caller
 from penstock.shell.ledgers import RedisLedger, connected
 from penstock.shell.rate_limits import Grant, RateLimits
 from penstock.shell.telemetry import StreamTrace, logger_provider

@@ -17,7 +17,7 @@ from typing import Literal
 
 from penstock.access_settings import Plan
 from penstock.core.errors import CallerError, Overloaded, Problem
-from penstock.shell.auth import Caller
+from penstock.shell.callers import Caller
 from penstock.shell.ledgers import LEASE_SECONDS, Entry, Ledger, MemoryLedger, Verdict
 
 _log = logging.getLogger("penstock")

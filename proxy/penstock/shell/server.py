@@ -21,10 +21,12 @@ from penstock.core.rules import Policy
 from penstock.core.tagged_stream import TaggedReader
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
-from penstock.shell.auth import OPEN_ROUTES, Caller, Gatekeeper, caller_of
+from penstock.shell.auth import OPEN_ROUTES, Gatekeeper, caller_of
 from penstock.shell.books import Account, Books
+from penstock.shell.callers import Caller
 from penstock.shell.client import ClientConnection
 from penstock.shell.cluster import Cluster, Wish, no_engine
+from penstock.shell.cors import WebPages
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
 from penstock.shell.resume import Resume, Terms, read_terms
@@ -67,6 +69,7 @@ class Server:
         self._books = books
         self._rules = rules
         self._gatekeeper = gatekeeper
+        self._pages = WebPages(settings.listen.cors, only_loopback=settings.is_loopback)
         self.cluster = cluster
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
@@ -78,6 +81,7 @@ class Server:
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._errors, self._gate])
+        app.on_response_prepare.append(self._pages.mark)
         app.add_routes(
             [
                 web.post(STREAMS, self._native),
@@ -343,9 +347,13 @@ class Server:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Every route asks who calls, but for the few that are open: a new route is closed until it is named there."""
+        if (preflight := self._pages.preflight(request)) is not None:
+            return preflight
         resource = request.match_info.route.resource  # None where there is no such route
         if resource is not None and resource.canonical not in OPEN_ROUTES:
             try:
+                if self._gatekeeper.lets_anybody_in:
+                    self._pages.refuse_strangers(request)
                 await self._gatekeeper.admit(request)
             except Problem as problem:
                 if request.method == hdrs.METH_POST:

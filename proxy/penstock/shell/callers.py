@@ -1,0 +1,24 @@
+"""A caller, however it proved who it is, and what it is told that did not."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from penstock.access_settings import Plan
+from penstock.core.errors import CallerError
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A principal: `name` owns streams, is billed and limited; several keys may lead to one name."""
+
+    name: str
+    plan: Plan
+
+    def may_ask(self, model: str) -> bool:
+        return any(fnmatchcase(model, pattern) for pattern in self.plan.models)
+
+
+def challenged(code: str, message: str, error: str | None = None, *, status: int = 401) -> CallerError:
+    """A refusal with the challenge that RFC 9110 asks for; `error` is RFC 6750's word for a token that was given."""
+    parts = ['Bearer realm="penstock"', *([f'error="{error}"'] if error else [])]
+    return CallerError(code, message, status=status, headers={"WWW-Authenticate": ", ".join(parts)})
