@@ -41,7 +41,7 @@ ARGUMENTS = (
     # 1024 blocks of 32 tokens: one long stream is seen in the cache's usage, and the cache can be filled.
     *("--block-size", "32", "--num-gpu-blocks-override", "1024"),
     *("--dtype", "float32", "--enforce-eager"),
-    *("--logits-processors", "scripted:Scripted"),
+    *("--logits-processors", "scripted:Scripted", "penstock_vllm.grammar_processor:GrammarStop"),
     *("--middleware", "model_names.ParsersByName"),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
     "--enable-prompt-tokens-details",

@@ -17,7 +17,7 @@ from penstock_vllm.chat import ChatDoor
 from penstock_vllm.connection import Connection
 from penstock_vllm.outbox import DEFAULT_BYTES, most_bytes
 from penstock_vllm.register import grammar_stop_problem
-from penstock_vllm.vocabulary import TokenizerText, TokenizerVocabulary, fast_tokenizer
+from penstock_vllm.vocabulary import TokenizerText, TokenizerVocabulary, end_ids, fast_tokenizer
 
 _log = logging.getLogger("vllm.penstock")
 
@@ -78,6 +78,7 @@ class PenstockRoutes:
             self._step_aside("output_tap", "this model has no chat route")
         self._fingerprint = getattr(getattr(state, "openai_serving_chat", None), "system_fingerprint", None)
         full = engine_client.get_tokenizer()
+        tap.MODEL_ENDS.update(end_ids(full, engine_client.model_config))
         tokenizer = fast_tokenizer(full)
         if tokenizer is not None:
             self._tokenizer = TokenizerText(tokenizer, getattr(full, "bos_token_id", None))

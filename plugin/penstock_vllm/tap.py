@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from penstock_vllm.end_counter import Count, count_step, counter, nobody
 from penstock_vllm.frames import Cause
 from penstock_vllm.streams import Choice, OpenStreams, Stream
 
@@ -18,6 +19,9 @@ _log = logging.getLogger("vllm.penstock")
 
 # One hook in a process, so one registry.
 OPEN_STREAMS: Final = OpenStreams()
+
+# The model's own end tokens, told by the routes when vLLM starts: any other that ended a request is the request's own.
+MODEL_ENDS: Final[set[int]] = set()
 
 _MARK = "_penstock_tap"
 _OUTPUT_FIELDS = {"request_id", "new_token_ids", "finish_reason", "stop_reason", "prefill_stats"}
@@ -49,19 +53,24 @@ def install() -> str | None:
         from vllm.v1.engine import EngineCoreOutput
         from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-        return install_on(OutputProcessor, EngineCoreOutput, RequestState)
+        return install_on(OutputProcessor, EngineCoreOutput, RequestState, count=counter())
     except Exception as error:
         return f"this vLLM's output processor is not what this plugin knows: {type(error).__name__}: {error}"
 
 
-def install_on(processor: Any, output: Any, state: Any, streams: OpenStreams = OPEN_STREAMS) -> str | None:
+def install_on(
+    processor: Any, output: Any, state: Any, streams: OpenStreams = OPEN_STREAMS, count: Count = nobody
+) -> str | None:
     """`install`, on given classes. A second time changes nothing."""
     original: Any = getattr(processor, "process_outputs", None)
     if getattr(original, _MARK, False):
         return None
     if problem := _misfit(original, processor, output, state):
         return problem
-    setattr(processor, "process_outputs", _tapped(original, streams))  # noqa: B010  # mypy: a method is replaced
+    hooked = _tapped(original, streams, count)
+    setattr(processor, "process_outputs", hooked)  # noqa: B010  # mypy: a method is replaced
+    if callable(getattr(processor, "abort_requests", None)):
+        setattr(processor, "abort_requests", _counting_aborts(processor.abort_requests, count))  # noqa: B010
     return None
 
 
@@ -86,7 +95,7 @@ def _assigned(owner: Any) -> set[str]:
     return set(code.co_names) if code is not None else set()
 
 
-def _tapped(original: Callable[..., Any], streams: OpenStreams) -> Callable[..., Any]:
+def _tapped(original: Callable[..., Any], streams: OpenStreams, count: Count) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if streams:
@@ -95,10 +104,42 @@ def _tapped(original: Callable[..., Any], streams: OpenStreams) -> Callable[...,
             except Exception:
                 _log.exception("penstock: the output tap failed on an engine step; its streams end with an error")
                 streams.fail_all(500, _OUR_ERROR)
-        return original(self, engine_core_outputs, *args, **kwargs)
+        causes = _causes(self.request_states, engine_core_outputs)
+        result = original(self, engine_core_outputs, *args, **kwargs)
+        count_step(count, causes, result)
+        return result
 
     setattr(process_outputs, _MARK, True)
     return process_outputs
+
+
+def _causes(states: Mapping[str, Any], outputs: Iterable[Any]) -> list[str]:
+    """Of what ends in this step and is still known here. What cannot be read is not counted."""
+    try:
+        ended = [output for output in outputs if output.finish_reason is not None and output.request_id in states]
+        return [_cause_name(output) for output in ended]
+    except Exception:
+        return []
+
+
+def _cause_name(output: Any) -> str:
+    stop = output.stop_reason
+    own = () if stop in MODEL_ENDS else (stop,)
+    return cause_of(str(output.finish_reason), stop, own).name.lower()
+
+
+def _counting_aborts(original: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    """Whoever leaves is forgotten here first: what the engine says of its request later is not heard."""
+
+    @functools.wraps(original)
+    def abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = len(self.request_states)
+        aborted = original(self, *args, **kwargs)
+        if gone := before - len(self.request_states):
+            count("abort", gone)
+        return aborted
+
+    return abort_requests
 
 
 def observe(streams: OpenStreams, states: Mapping[str, Any], outputs: Iterable[Any]) -> None:
@@ -153,7 +194,7 @@ def _finish(choice: Choice, output: Any) -> None:
     choice.finish(output.new_token_ids, cause, reason, output.stop_reason)
 
 
-def cause_of(reason: str, stop: int | str | None, own_stop_ids: Iterable[int] = ()) -> Cause:
+def cause_of(reason: str, stop: int | str | None, own_stop_ids: Iterable[int | str | None] = ()) -> Cause:
     """vLLM's finish reason and stop reason as one cause.
 
     A model may have several end tokens: vLLM names all but the first as if the request had asked to stop there.

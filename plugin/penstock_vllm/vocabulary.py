@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -98,3 +98,12 @@ def fast_tokenizer(tokenizer: Any) -> Any:
     """
     inner = getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
     return inner if hasattr(inner, "to_str") and hasattr(inner, "get_added_tokens_decoder") else None
+
+
+def end_ids(tokenizer: Any, model_config: Any) -> list[int]:
+    """The model's own end tokens."""
+    generation = model_config.try_get_generation_config() or {}
+    named = generation.get("eos_token_id")
+    more: Iterable[int] = named if isinstance(named, list) else [] if named is None else [named]
+    own = tokenizer.eos_token_id
+    return sorted({*([] if own is None else [own]), *more})

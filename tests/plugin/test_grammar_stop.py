@@ -4,14 +4,18 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from itertools import groupby
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from support.engine import Engine
 from support.http_client import Caller, calling, chat
 from support.plugin_client import PluginClient, connected, finish, ids
 from support.scripts import Json, Script
+from support.sockets import until
 
 pytestmark = pytest.mark.engine
 
@@ -66,7 +70,8 @@ async def answer(direct: Caller, **request: Any) -> tuple[str, str, Any, int]:
         ({"regex": TAIL}, 0),
         ({"regex": TAIL}, 1),
         ({"choice": ["yes", "no"]}, 0),
-        ({"json": OBJECT}, 1),  # at 0 the tiny model stays in the white space inside, which is the guard's to end
+        ({"json": OBJECT}, 0),
+        ({"json": OBJECT}, 1),
     ],
 )
 async def test_a_value_ends_in_the_step_of_its_last_token(
@@ -170,6 +175,70 @@ async def test_the_value_begins_behind_the_reasoning(direct: Caller, script: Scr
     said = script("<think>123 456</think>789\n\n", eos=False)
     request = {**structured(regex=TAIL, chat_template_kwargs={"enable_thinking": True}), **said}
     assert (await answer(direct, **request))[:3] == ("<think>123 456</think>789", "stop", "grammar")
+
+
+async def longest_run(direct: Caller, ids: list[int]) -> int:
+    """Of white-space tokens."""
+    tokenizer = Tokenizer.from_str((await direct.get("/v1/penstock/tokenizer")).json["tokenizer_json"])
+    return max(len(list(run)) for blank, run in groupby(ids, lambda one: tokenizer.decode([one]).isspace()) if blank)
+
+
+async def test_the_guard_ends_a_run_of_white_space_inside(direct: Caller) -> None:
+    """At temperature 0 the tiny model loves white space: without a bound it writes nothing else up to its limit."""
+    free = structured(json=OBJECT, max_tokens=200, vllm_xargs={"white_space_run": 0})
+    text, reason, _, tokens = await answer(direct, **free)
+    assert (reason, tokens) == ("length", 200)
+    assert sum(map(str.isspace, text)) > 150
+    for bound in (32, 5):
+        given: Json = {"vllm_xargs": {"white_space_run": bound}} if bound != 32 else {}
+        request = {**structured(json=OBJECT, max_tokens=400, return_token_ids=True), **given}
+        body = (await direct.chat(**request)).json
+        [choice] = body["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "grammar")
+        assert set(json.loads(choice["message"]["content"])) == {"a", "b"}
+        assert await longest_run(direct, choice["token_ids"]) == bound
+
+
+async def test_a_bound_that_is_none_is_refused(direct: Caller) -> None:
+    refused = await direct.post(
+        "/v1/chat/completions", chat(**structured(regex=TAIL, vllm_xargs={"white_space_run": 999}))
+    )
+    assert refused.status == 400
+    assert "vllm_xargs.white_space_run: 999 is no number of tokens from 0" in refused.json["error"]["message"]
+
+
+async def test_ends_are_counted_in_vllms_own_metrics(direct: Caller, engine: Engine, script: Script) -> None:
+    words = script("one two three four", eos=False)
+    asked = {
+        "grammar": structured(regex=TAIL),
+        "eos": script("Hi"),
+        "max_tokens": {**words, "max_tokens": 3},
+        "stop_string": {**words, "stop": ["two"]},
+        "stop_token": {**words, "stop_token_ids": words["vllm_xargs"]["script"][1:2]},
+    }
+
+    def counted(cause: str) -> float:
+        return engine.metric(rf'penstock_request_ends_total\{{cause="{cause}"\}}')
+
+    for cause, request in asked.items():
+        await direct.chat(**request)
+        before = await asyncio.to_thread(counted, cause)
+        await direct.chat(**request)
+        assert await asyncio.to_thread(counted, cause) == before + 1
+    leaving = asyncio.create_task(direct.chat(**script("on and on ", eos=False, pause_ms=20), max_tokens=1000))
+    await until(lambda: is_running(engine))
+    leaving.cancel()
+
+    async def is_counted() -> bool:
+        with suppress(LookupError):
+            return await asyncio.to_thread(counted, "abort") > 0
+        return False
+
+    await until(is_counted)
+
+
+async def is_running(engine: Engine) -> bool:
+    return await asyncio.to_thread(engine.running_requests) > 0
 
 
 async def test_a_request_may_do_without(direct: Caller) -> None:
