@@ -18,7 +18,7 @@ from yarl import URL
 from penstock.core.detokenize import Vocabulary
 from penstock.core.errors import EngineError
 from penstock.core.families import Family
-from penstock.core.frames import VERSION, End, EngineFailed, FrameError, Lost, Record, read_message
+from penstock.core.frames import VERSION, End, EngineFailed, FrameError, Lost, Record, Tokens, read_message
 
 _log = logging.getLogger("penstock")
 
@@ -62,6 +62,8 @@ class PluginConnection:
         self.fingerprint: str | None = None
         """The engine's `system_fingerprint`, where it has one."""
         self._listeners: dict[int, Listener] = {}
+        # What was read and is handed out before the next read, by stream: at most what one read of the socket brings.
+        self._waiting: dict[int, list[Record]] = {}
         self._numbers = count(1)
         self._failures = 0
         self._distrusted: object = None
@@ -154,6 +156,7 @@ class PluginConnection:
             raise _NoPluginError(_distrust(capabilities.plugin)) from None
         finally:
             self._socket = None
+            self._hand_out()
             self._break_off()
             await socket.close()
 
@@ -171,7 +174,7 @@ class PluginConnection:
         """Until the connection ends. Raises `FrameError` at what is not of the contract."""
         async for message in socket:
             if message.type is aiohttp.WSMsgType.BINARY:
-                self._hand_out(read_message(message.data))
+                self._gather(read_message(message.data))
             elif message.type is aiohttp.WSMsgType.TEXT:
                 self._refuse(message.data)
             elif isinstance(message.data, aiohttp.WebSocketError):
@@ -184,12 +187,28 @@ class PluginConnection:
                 raise _NoPluginError(f"no plugin: GET {answer.url.path} answered {answer.status}")
             return await answer.read()
 
-    def _hand_out(self, records: list[Record]) -> None:
-        """One walk through a step: the records of each stream together, to whoever opened it."""
-        by_stream: dict[int, list[Record]] = {}
+    def _gather(self, records: list[Record]) -> None:
+        """Puts the records of each stream together, runs of one channel into one.
+
+        Messages that have come already are read without a turn of the loop, so a sidecar that is behind walks once
+        through all steps that wait, and writes once: it catches up. One that keeps up has one step at a time.
+        """
+        waiting = self._waiting
+        if not waiting:
+            asyncio.get_running_loop().call_soon(self._hand_out)
         for record in records:
-            by_stream.setdefault(record.stream, []).append(record)
-        for number, own in by_stream.items():
+            own = waiting.get(record.stream)
+            if own is None:
+                waiting[record.stream] = [record]
+            elif isinstance(record, Tokens) and isinstance(last := own[-1], Tokens) and _is_one_run(last, record):
+                last.ids += record.ids
+            else:
+                own.append(record)
+
+    def _hand_out(self) -> None:
+        """To whoever opened each stream."""
+        waiting, self._waiting = self._waiting, {}
+        for number, own in waiting.items():
             listener = self._listeners.get(number)
             if listener is None:
                 continue  # aborted while this step was on its way
@@ -211,6 +230,10 @@ class PluginConnection:
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.broke(EngineError("engine_gone", f"the connection to the plugin in {self._label} broke"))
+
+
+def _is_one_run(last: Tokens, record: Tokens) -> bool:
+    return last.choice == record.choice and last.tag is record.tag
 
 
 class _NoPluginError(Exception):
