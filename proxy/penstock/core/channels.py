@@ -87,7 +87,8 @@ class _Extras:
         self.logprobs = self.token_ids = None
 
     def give(self, item: Text | Finished) -> None:
-        item.tokens += self.take_tokens()
+        item.tokens += self.tokens
+        self.tokens = 0
         if self.logprobs is not None:
             item.logprobs, self.logprobs = self.logprobs + (item.logprobs or []), None
         if self.token_ids is not None:
@@ -235,7 +236,8 @@ class _ChoiceChannels:
         if not item.text:
             self._extras.keep(item)
             return
-        self._close_inline(out)
+        if self._inline_open:
+            self._close_inline(out)
         item.channel = Channel.ANSWER
         self._extras.give(item)
         _append(item, out)

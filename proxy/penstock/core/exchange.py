@@ -10,7 +10,7 @@ steps, and no two steps know each other.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import assert_never, cast
+from typing import Any, assert_never, cast
 
 from penstock.core.accounting import Accounting, size_of
 from penstock.core.blocks import Blocks
@@ -35,7 +35,6 @@ from penstock.core.dialects import NO_EXT, Dialect, Ext
 from penstock.core.engine_stream import ChatReader, refusal_message
 from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, Problem
 from penstock.core.events import (
-    ClientEvent,
     EngineDone,
     EngineOpened,
     Event,
@@ -242,7 +241,7 @@ class Exchange:
             return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
-        if done or self._is_answered():
+        if done or (self._request.stop and self._is_answered()):
             return commands + self._conclude(now, engine_is_done=done)
         if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
@@ -276,6 +275,8 @@ class Exchange:
 
     def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
         """Takes out of what was heard what concerns the whole exchange and no step."""
+        if len(heard) == 1 and isinstance(heard[0], Text):  # nearly all that is ever heard
+            return heard, False, None
         items: list[Event] = []
         done, failure = False, None
         for event in heard:
@@ -304,15 +305,16 @@ class Exchange:
             self._channels.begin_in(opened.state)
 
     def _tick_usage(self, items: list[Event], now: float) -> None:
+        if now - self._last_tick < _USAGE_TICK_SECONDS:
+            return
         tokens = self._accounting.generated_tokens
-        if now - self._last_tick >= _USAGE_TICK_SECONDS and tokens != self._ticked_tokens:
+        if tokens != self._ticked_tokens:
             self._last_tick, self._ticked_tokens = now, tokens
             items.append(self._accounting.usage(final=False))
 
     def _is_answered(self) -> bool:
         """Every choice is finished though the engine goes on: our own stop strings cut them."""
-        choices = range(self._request.choices)
-        return bool(self._request.stop) and all(map(self._stop_strings.has_stopped, choices))
+        return all(map(self._stop_strings.has_stopped, range(self._request.choices)))
 
     # -- to the client -----------------------------------------------------------------------------
 
@@ -331,6 +333,7 @@ class Exchange:
         """Numbers each event and encodes it, once; what one read brought is one write."""
         ts = self._setting.epoch_ms + int((now - self._setting.started) * 1000)
         pieces: list[bytes] = []
+        render: Callable[[Any, int, int, Ext], bytes] = self._dialect.render  # behind the steps all are client events
         for item in items:
             if isinstance(item, Extra):
                 self._keep(item)
@@ -341,8 +344,8 @@ class Exchange:
                 self._first_text = now
             self._seq += 1
             ext = self._take_ext(item) if self._ext else NO_EXT
-            pieces.append(self._dialect.render(cast(ClientEvent, item), self._seq, ts, ext))
-        return b"".join(pieces)
+            pieces.append(render(item, self._seq, ts, ext))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _spell_start(self, ts: int) -> bytes:
         if self._begun is None:

@@ -178,11 +178,12 @@ class TaggedAnswer:
     def resume(self) -> None:
         self._plain.resume()
 
-    def records(self, records: list[Record]) -> None:
+    def records(self, records: list[Record], now: float) -> None:
         if self._note is not None:
             self._note(True)
             self._note = None
-        self._tell(EngineTagged(records, self._now()))
+        if self._hear is not None:
+            self._hear(EngineTagged(records, now))
 
     def refused(self, status: int, body: bytes) -> None:
         if self._note is not None:

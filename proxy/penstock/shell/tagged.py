@@ -38,8 +38,8 @@ _LAST = (End, EngineFailed, Lost)
 class Listener(Protocol):
     """Who opened a stream. Called from the connection's own task, so neither may wait."""
 
-    def records(self, records: list[Record]) -> None:
-        """What one engine step brought, in order."""
+    def records(self, records: list[Record], now: float) -> None:
+        """What one engine step brought, or several that waited, in order. `now` is the loop's time."""
 
     def refused(self, status: int, body: bytes) -> None:
         """vLLM's own refusal, before the first token. Nothing follows."""
@@ -208,13 +208,14 @@ class PluginConnection:
     def _hand_out(self) -> None:
         """To whoever opened each stream."""
         waiting, self._waiting = self._waiting, {}
+        now = asyncio.get_running_loop().time()
         for number, own in waiting.items():
             listener = self._listeners.get(number)
             if listener is None:
                 continue  # aborted while this step was on its way
             if isinstance(own[-1], _LAST):
                 del self._listeners[number]
-            listener.records(own)
+            listener.records(own, now)
 
     def _refuse(self, message: str) -> None:
         try:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, assert_never
 
 import orjson
 
-from penstock.core.dialects import Ext, Form
+from penstock.core.dialects import NO_EXT, Ext, Form
 from penstock.core.errors import CONTENT_FILTERED, Problem
 from penstock.core.events import (
     BlockEnded,
@@ -97,7 +97,7 @@ class ChatStream:
         return refusal(problem)
 
     def _is_plain(self, event: Text, ext: Ext) -> bool:
-        extras = event.logprobs or event.token_ids or event.refusal or ext
+        extras = event.logprobs or event.token_ids or event.refusal or (ext is not NO_EXT and ext)
         return not extras and not self._request.wants_running_usage
 
     def _spell(self, event: ClientEvent, ts: int, ext: Ext) -> bytes:
