@@ -46,10 +46,19 @@ def test_the_engine_s_total_settles_the_bill() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.estimated, usage.engine_fields) == (9, 5, True, None)
     total = {**running, "completion_tokens": 8, "completion_tokens_details": {"reasoning_tokens": 6}}
     meters.feed([EngineUsage(total, final=True)])
-    usage = meters.usage(final=True, cancelled=True)
+    usage = meters.usage(final=True, wanted_tokens=meters.generated_tokens)
     assert (usage.completion_tokens, usage.reasoning_tokens, usage.wasted_tokens_after_cancel) == (8, 6, 3)
     assert usage.engine_fields == total
     assert not usage.estimated
+
+
+def test_what_was_generated_after_nobody_wanted_it_is_waste() -> None:
+    meters = Accounting()
+    meters.generated([Text(0, Channel.RAW, "a", 5)])
+    wanted = meters.generated_tokens
+    meters.generated([Text(0, Channel.RAW, "b", 3)])
+    assert meters.usage(final=True, wanted_tokens=wanted).wasted_tokens_after_cancel == 3
+    assert meters.usage(final=True).wasted_tokens_after_cancel == 0
 
 
 def test_a_total_that_is_too_small_does_not_take_back_what_was_heard() -> None:

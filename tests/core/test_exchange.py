@@ -27,7 +27,9 @@ from penstock.core.signals import (
     EngineClosed,
     EngineRefused,
     EngineSpoke,
+    ReadAgain,
     Signal,
+    Unread,
 )
 from support.chunks import (
     DONE,
@@ -954,3 +956,24 @@ def test_a_call_in_another_order_with_a_number_that_python_will_not_read() -> No
     call = '<tool_call>{"arguments": {"a": ' + "1" * 5000 + '}, "name": "f"}</tool_call>'
     outcome = play(ask(tools=["f"]), answer_of([call]))
     assert outcome.record.ending is Ending.COMPLETED
+
+
+# --- Nobody reads for a while -------------------------------------------------------------------------
+
+
+def test_what_a_stream_said_to_nobody_is_counted_when_nobody_came_back() -> None:
+    said: list[bytes | Signal] = [
+        role(),
+        content("a", tokens=3),
+        Unread(STARTED),
+        content("b", tokens=8),
+        ClientLeft(STARTED + 60.0),
+    ]
+    usage = play(ask(), said).record.usage
+    assert (usage.completion_tokens, usage.wasted_tokens_after_cancel) == (8, 5)
+
+
+def test_whoever_comes_back_wants_it_all() -> None:
+    said: list[bytes | Signal] = [role(), content("a", tokens=3), Unread(STARTED), content("b", tokens=8)]
+    outcome = play(ask(), [*said, ReadAgain(STARTED + 1.0), content("c", tokens=9), Cancelled(STARTED + 2.0)])
+    assert outcome.record.usage.wasted_tokens_after_cancel == 0

@@ -1,12 +1,22 @@
 """What a client that lags has no room for: merged, shed, paused for, let go in order, cut off."""
 
+import json
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
 import pytest
 
-from penstock.core.commands import AbortEngine, AskEngineHealth, Ending, PauseEngine, ResumeEngine, SendToClient, WakeAt
+from penstock.core.commands import (
+    AbortEngine,
+    AskEngineHealth,
+    CutClient,
+    Ending,
+    PauseEngine,
+    ResumeEngine,
+    SendToClient,
+    WakeAt,
+)
 from penstock.core.pacing import Measure, SlowClient
 from penstock.core.signals import ClientBacklog, ClientLeft, ClockTicked, EngineClosed, EngineSpoke
 from support.chunks import DONE, content, final_usage, finish, frame, reasoning, role, spoken, tool
@@ -169,6 +179,31 @@ def test_a_client_that_takes_nothing_is_cut_off_after_the_stall_time() -> None:
     assert (error["code"], error["retryable"]) == ("client_stalled", True)
     assert "slow_client.stall_seconds" in error["message"]
     assert outcome.record.ending is Ending.CLIENT_TOO_SLOW
+
+
+def test_a_stream_that_is_kept_goes_on_without_the_client_that_was_cut_off() -> None:
+    said = [content("a"), content("x" * (BUFFER // 2)), *told_and_ticked(STALLED.unsent, 30), content("b"), *END]
+    outcome = lagging(*said, outlives_client=True)
+    told = json.loads(outcome.only(CutClient).data)
+    assert (told["type"], told["code"], told["retryable"]) == ("error", "client_stalled", True)
+    assert "seq" not in told, "it is no event of the stream"
+    assert "resume" in told["message"]
+    assert outcome.count(PauseEngine) == outcome.count(ResumeEngine) == 1
+    assert outcome.blocks() == ["text: =a" + "x" * (BUFFER // 2) + "b"]
+    assert outcome.all_of("error") == []
+    assert outcome.record.ending is Ending.COMPLETED
+
+
+@pytest.mark.parametrize(
+    ("dialect", "start", "end"), [("sse", b"event: error\ndata: {", b"}\n\n"), ("chat", b"data: {", b"[DONE]\n\n")]
+)
+def test_the_last_word_on_a_connection_is_spelled_in_its_dialect(dialect: Any, start: bytes, end: bytes) -> None:
+    outcome = lagging(*told_and_ticked(STALLED.unsent, 30), outlives_client=True, dialect=dialect)
+    data = outcome.only(CutClient).data
+    assert data.startswith(start)
+    assert data.endswith(end)
+    assert b"client_stalled" in data
+    assert b"id: " not in data
 
 
 def told_and_ticked(unsent: int, second: float) -> list[Any]:

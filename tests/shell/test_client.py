@@ -105,7 +105,7 @@ async def test_a_delete_stops_the_engine_of_a_client_that_never_reads(tap: Tap) 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_a_client_that_takes_nothing_is_cut_off_after_the_stall_time(tap: Tap, route: str) -> None:
     bounds = {"limits__stream_bytes": 2**30, "slow_client__stall_seconds": 0.4, "timing__closing_seconds": 0.2}
-    async with in_front_of(tap.app, None, **bounds) as setup:
+    async with in_front_of(tap.app, None, **bounds, store__linger_seconds=0) as setup:
         neighbour = asyncio.create_task(setup.caller.post(route, chat(stream=True)))
         async with unread(setup.caller.url, route, chat(stream=True)):
             await until(lambda: tap.seen.requests == 2)
@@ -118,7 +118,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_after_the_stall_time(tap: 
 async def test_a_client_that_was_cut_off_can_read_why(tap: Tap) -> None:
     bounds = {"limits__stream_bytes": 2**30, "slow_client__stall_seconds": 0.4, "timing__closing_seconds": 10}
     async with (
-        in_front_of(tap.app, None, **bounds) as setup,
+        in_front_of(tap.app, None, **bounds, store__linger_seconds=0) as setup,
         unread(setup.caller.url, "/v1/streams", chat()) as client,
     ):
         await until(lambda: tap.seen.left == 1)
@@ -126,6 +126,31 @@ async def test_a_client_that_was_cut_off_can_read_why(tap: Tap) -> None:
     assert b'"code":"client_stalled"' in answer
     assert b'"retryable":true' in answer
     assert answer.count(b'"type":"stream.end"') == 1
+
+
+async def test_where_a_client_was_cut_off_the_stream_goes_on_and_is_resumed() -> None:
+    tap = Tap(pieces=40)
+    bounds = {"slow_client__stall_seconds": 0.4, "timing__closing_seconds": 10}
+    async with (
+        in_front_of(tap.app, None, **bounds) as setup,
+        unread(setup.caller.url, "/v1/streams", chat()) as client,
+    ):
+        head = await client.read_head()
+        [stream_id] = [line.split(b": ")[1].decode() for line in head.split(b"\r\n") if line.startswith(b"X-Stream-Id")]
+        await until(lambda: tap.sent == 40)
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+        received = await client.read_until(b"0\r\n\r\n")
+        [error] = [line for line in received.split(b"\n") if line.startswith(b"data: ") and b'"type":"error"' in line]
+        assert b'"code":"client_stalled"' in error
+        assert b'"seq"' not in error
+        assert b"stream.end" not in received
+        assert await client.read_all() == b"", "the connection ends with it"
+        whole = await setup.caller.get(f"/v1/streams/{stream_id}/events")
+    assert len(whole.text()) == 40 * len(TEXT)
+    assert whole.end["status"] == "completed"
+    last = received.rpartition(b"\nid: ")[2].partition(b"\n")[0]
+    seen = int(last.rpartition(b":")[2])
+    assert 1 < seen < len(whole.events), "it had got a part, and knows which"
 
 
 async def test_what_waits_for_a_client_counts_as_held(tap: Tap) -> None:

@@ -171,6 +171,7 @@ def open_exchange(
     reasoning: ReasoningPolicy | None = None,
     bounds: Bounds = GENEROUS,
     is_logged: bool = True,
+    outlives_client: bool = False,
     policy: Policy | None = None,
     **changed_bounds: Any,
 ) -> Exchange:
@@ -191,6 +192,7 @@ def open_exchange(
         STARTED,
         EPOCH_MS,
         is_logged=is_logged,
+        outlives_client=outlives_client,
         policy=policy,
     )
     return Exchange(request, setting, spelling(dialect, request))

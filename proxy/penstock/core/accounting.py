@@ -80,8 +80,11 @@ class Accounting:
             if isinstance(item, Text) and item.added:
                 self._sizes["added"] -= size
 
-    def usage(self, *, final: bool, cancelled: bool = False) -> Usage:
-        """The counts so far. `estimated` unless the engine gave its total for the whole request."""
+    def usage(self, *, final: bool, wanted_tokens: int | None = None) -> Usage:
+        """The counts so far. `estimated` unless the engine gave its total for the whole request.
+
+        `wanted_tokens`: how many were generated when nobody wanted any more, where the stream was cancelled.
+        """
         engine, exact = self._engine, self._engine_was_final
         completion = self._generated_tokens
         if exact:
@@ -96,7 +99,7 @@ class Accounting:
             answer_tokens=self._answer_tokens,
             tool_tokens=self._tool_tokens,
             delivered_tokens=self._delivered_tokens,
-            wasted_tokens_after_cancel=completion - self._generated_tokens if cancelled else 0,
+            wasted_tokens_after_cancel=0 if wanted_tokens is None else max(0, completion - wanted_tokens),
             estimated=not exact,
             sizes=dict(self._sizes),
             final=final,

@@ -74,6 +74,13 @@ class ResumeEngine:
 
 
 @dataclass(slots=True)
+class CutClient:
+    """Send these last bytes to the client alone and close its connection: the stream goes on without it."""
+
+    data: bytes
+
+
+@dataclass(slots=True)
 class AskEngineHealth:
     """The engine has been silent for long: tell `EngineClosed` if its health check fails, nothing if it passes.
 
@@ -131,6 +138,7 @@ Command = (
     | Respond
     | AbortEngine
     | TryAnotherEngine
+    | CutClient
     | PauseEngine
     | ResumeEngine
     | AskEngineHealth

@@ -20,6 +20,7 @@ from penstock.core.commands import (
     AskEngineHealth,
     Close,
     Command,
+    CutClient,
     Ending,
     NoteIntervention,
     OpenClient,
@@ -72,7 +73,9 @@ from penstock.core.signals import (
     EngineSpoke,
     EngineTagged,
     NoEngineLeft,
+    ReadAgain,
     Signal,
+    Unread,
 )
 from penstock.core.stop_strings import StopStrings
 from penstock.core.tagged_stream import TaggedReader
@@ -119,6 +122,8 @@ class Setting:
     """Unix milliseconds until which the log is kept at least; None where there is no log."""
     is_logged: bool = True
     """Whether events are kept, so that one that no client took was not said in vain."""
+    outlives_client: bool = False
+    """Whether the stream goes on where its client is cut off, so that one that comes back finds it."""
     policy: Policy | None = None
     """The moderation rules for this stream; None where there are none."""
 
@@ -161,6 +166,7 @@ class Exchange:
         self._dialect = spell(self._accounting.tokens_of)
         self._begun: StreamStarted | None = None
         self._seq = 0
+        self._wanted_tokens: int | None = None  # generated when the last reader left
         self._sent = 0
         self._last_write = setting.started
         self._last_heard = setting.started  # or asked about: the engine's health is asked once a silence
@@ -216,6 +222,10 @@ class Exchange:
                 return self._leave(Ending.CLIENT_GONE, signal.now)
             case ClientBacklog():
                 return self._client_backlog(signal)
+            case Unread() | ReadAgain():
+                is_read = isinstance(signal, ReadAgain)
+                self._wanted_tokens = None if is_read else self._accounting.generated_tokens
+                return []
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
             case Draining():
@@ -388,7 +398,17 @@ class Exchange:
             self._last_heard = now
             return [ResumeEngine()]
         problem = self._pacing.verdict(now)
-        return self._fail(Ending.CLIENT_TOO_SLOW, problem, now) if problem else []
+        if problem is None:
+            return []
+        if self._setting.outlives_client:
+            return self._cut_off(problem, now)
+        return self._fail(Ending.CLIENT_TOO_SLOW, problem, now)
+
+    def _cut_off(self, problem: Problem, now: float) -> list[Command]:
+        """The connection ends, the stream does not: from here on it goes into the log, and nobody lags."""
+        commands: list[Command] = [CutClient(self._dialect.cut_off(problem))]
+        waiting = self._pacing.told(0, now) + self._pacing.let_go()
+        return [*commands, *self._send(waiting, now), *self._pace(now)]
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -483,9 +503,12 @@ class Exchange:
         held = self._pacing.let_go()
         self._accounting.take_back(held)
         unsent = size_of(held) + size_of(self._let_go())
-        usage = self._accounting.usage(final=True, cancelled=True)
+        usage = self._accounting.usage(final=True, wanted_tokens=self._wanted())
         record = self._record(ending, usage, None, now, unsent)
         return [AbortEngine(), *self._interventions(), record, Close()]
+
+    def _wanted(self) -> int:
+        return self._accounting.generated_tokens if self._wanted_tokens is None else self._wanted_tokens
 
     def _has_finished(self) -> bool:
         return all(map(self._blocks.is_finished, range(self._request.choices)))
@@ -531,7 +554,8 @@ class Exchange:
     ) -> list[Command]:
         """The last words of every stream: what still waits for its client, its final usage and its end."""
         events = self._pacing.let_go() + events
-        usage = self._accounting.usage(final=True, cancelled=failure is None and status == "cancelled")
+        is_cancelled = failure is None and status == "cancelled"
+        usage = self._accounting.usage(final=True, wanted_tokens=self._wanted() if is_cancelled else None)
         started = self._setting.started
         ttft = None if self._first_text is None else int((self._first_text - started) * 1000)
         # Counted before spelling: the start may still have to be told, `usage` and `stream.end` are the last two.

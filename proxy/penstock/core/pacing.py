@@ -20,6 +20,7 @@ from penstock.core.events import Event, Extra, Text, ToolArguments, Usage, utf8_
 
 Measure = Literal["merge", "shed", "pause", "cut"]
 
+_REMEDY = "read faster; resume the stream where its headers say that it can be, else ask again"
 # What an event costs in memory beside its text.
 _EVENT_BYTES = 200
 # A merged delta grows no longer than this, in bytes, so that a client is not given one frame of all that it missed.
@@ -124,13 +125,13 @@ class Pacing:
         if self.waiting > policy.buffer_bytes and not self.is_paused:
             message = (
                 f"more than {policy.buffer_bytes} bytes wait for a client that does not read fast enough "
-                "(limits.buffer_bytes); read faster, or ask again"
+                f"(limits.buffer_bytes); {_REMEDY}"
             )
             return LimitReached("client_too_slow", message, retryable=True)
         if self.lags and "cut" in policy.measures and now >= self._progress + policy.stall_seconds:
             message = (
                 f"the client took nothing for {policy.stall_seconds:g} s while {self.waiting} bytes waited for it "
-                "(slow_client.stall_seconds); read on, or ask again"
+                f"(slow_client.stall_seconds); {_REMEDY}"
             )
             return LimitReached("client_stalled", message, status=408, retryable=True)
         return None

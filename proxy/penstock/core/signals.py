@@ -88,6 +88,20 @@ class ClientBacklog:
 
 
 @dataclass(slots=True)
+class Unread:
+    """The last reader of the stream left, and the stream goes on for a while in case that one comes back."""
+
+    now: float
+
+
+@dataclass(slots=True)
+class ReadAgain:
+    """Somebody came back."""
+
+    now: float
+
+
+@dataclass(slots=True)
 class Cancelled:
     """Somebody with the right to do so cancelled the stream (`DELETE`)."""
 
@@ -125,6 +139,8 @@ Signal = (
     | EngineClosed
     | ClientLeft
     | ClientBacklog
+    | Unread
+    | ReadAgain
     | Cancelled
     | Draining
     | Broke

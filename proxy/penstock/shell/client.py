@@ -1,5 +1,6 @@
 """The connection to one caller: one answer, streamed or whole."""
 
+import asyncio
 from collections.abc import Mapping
 
 from aiohttp import ClientConnectionResetError, web
@@ -103,6 +104,18 @@ class ClientConnection:
     def _set_marks(self, high: int | None, low: int | None) -> None:
         if self._request.transport is not None:
             self._request.transport.set_write_buffer_limits(high, low)
+
+    async def hang_up(self, seconds: float) -> None:
+        """Ends the answer and the connection; what the kernel has not taken within `seconds` is lost."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.finish()
+        except TimeoutError:
+            self.abort()
+        except ClientGone:
+            return
+        if self._request.transport is not None:
+            self._request.transport.close()
 
     def abort(self) -> None:
         """Drops the connection with what it still holds."""

@@ -11,6 +11,7 @@ from penstock.core.commands import (
     AskEngineHealth,
     Close,
     Command,
+    CutClient,
     NoteIntervention,
     OpenClient,
     PauseEngine,
@@ -68,7 +69,7 @@ class Driver:
         # Writes behind one that has to be awaited: the head, a whole answer, the end.
         self._inbox: deque[list[_Write]] = deque()
         self._emptying = False
-        self._is_watched = False  # somebody waits for the client to have room
+        self._watch: asyncio.Task[None] | None = None  # waits for a client that lags to have room
         self._hurried = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -145,6 +146,8 @@ class Driver:
                     self._source.abort()
                 case TryAnotherEngine():
                     self._source.try_another(command.problem)
+                case CutClient():
+                    self._cut_off(command.data)
                 case PauseEngine():
                     self._source.pause()
                 case ResumeEngine():
@@ -229,9 +232,8 @@ class Driver:
     def _watch_backlog(self) -> None:
         """More waits in the client's connection than its high mark: the exchange holds the rest until there is room."""
         self._tell_backlog()
-        if not self._is_watched and self._exchange.client_lags:
-            self._is_watched = True
-            self._in_background(self._wait_for_room())
+        if self._watch is None and self._exchange.client_lags:
+            self._watch = self._in_background(self._wait_for_room())
 
     def _tell_backlog(self) -> None:
         unsent = self._client.unsent
@@ -245,7 +247,12 @@ class Driver:
                 self._tell_backlog()
             self._holds(0)
         finally:
-            self._is_watched = False
+            self._watch = None
+
+    def _cut_off(self, data: bytes) -> None:
+        self._client.cut_off(data, self._closing_seconds)
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
 
     # -- the conversation --------------------------------------------------------------------------
 
@@ -287,10 +294,11 @@ class Driver:
             message = "the engine has gone silent in the middle of its answer and its health check fails"
             self._take(EngineClosed(EngineError("engine_stalled", message, status=504), self._loop.time()))
 
-    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+    def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._quietly(work))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def _quietly(self, work: Coroutine[None, None, None]) -> None:
         try:

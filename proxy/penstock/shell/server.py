@@ -159,7 +159,14 @@ class Server:
                 return await self._resume.rejoin(http, log, terms, kind(request).form)
             headers = {**self._resume.headers(stream_id, log), **account.headers}
             client = ClientConnection(http, headers, self._settings.pacing)
-            stream = LiveStream(stream_id, caller.name, client, log, self._resume.lingering(terms))
+            stream = LiveStream(
+                stream_id,
+                caller.name,
+                client,
+                log,
+                linger_seconds=self._resume.lingering(terms),
+                cut_linger_seconds=self._settings.store.linger_seconds,
+            )
             try:
                 driver = self._drive(http, stream, trace, place, account, request, family, spell)
             except Exception:
@@ -286,6 +293,7 @@ class Server:
             started=asyncio.get_running_loop().time(),
             epoch_ms=int(time.time() * 1000),
             is_logged=stream.log is not None,
+            outlives_client=stream.outlives_client(),
             resumable_until=self._resumable_until() if stream.log is not None else None,
             policy=policy,
         )

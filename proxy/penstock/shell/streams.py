@@ -9,11 +9,11 @@ default, is over.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
-from penstock.core.signals import Cancelled, Draining, Signal
+from penstock.core.signals import Cancelled, Draining, ReadAgain, Signal, Unread
 from penstock.shell.client import ClientConnection, ClientGone
 from penstock.shell.stores.log import StreamLog, Whole
 
@@ -25,19 +25,26 @@ class Carrier(Protocol):
 
     async def run(self) -> None: ...
 
+    def hear(self, signal: Signal) -> None: ...
+
     async def tell(self, signal: Signal) -> None: ...
 
     def leave(self) -> None: ...
 
 
+class GoesOn(Protocol):
+    def __call__(self, *, was_cut: bool = False) -> bool: ...
+
+
 class Outlet:
     """What a driver writes to. Every event is in the log before it is sent; without a log it is only sent."""
 
-    def __init__(self, connection: ClientConnection, log: StreamLog | None, goes_on: Callable[[], bool]) -> None:
-        """`goes_on` is asked when the client is found to be gone: whether the stream goes on without it."""
+    def __init__(self, connection: ClientConnection, log: StreamLog | None, goes_on: "GoesOn") -> None:
+        """`goes_on` is asked when the client is found to be gone, or was cut off: whether the stream goes on."""
         self._connection: ClientConnection | None = connection
         self._log = log
         self._goes_on = goes_on
+        self._hanging_up: asyncio.Task[None] | None = None
         self._untold = False  # the client left while the head was sent, and the driver does not know yet
 
     @property
@@ -102,6 +109,16 @@ class Outlet:
         if self._connection is not None:
             self._connection.abort()
 
+    def cut_off(self, data: bytes, seconds: float) -> None:
+        """Closes the connection behind `data`, within `seconds`; the stream goes on without it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        self._goes_on(was_cut=True)
+        with suppress(ClientGone):
+            connection.send(data)
+        self._hanging_up = asyncio.create_task(connection.hang_up(seconds))
+
     def detach(self) -> None:
         """The client is gone: from here on only the log is written."""
         self._connection = None
@@ -116,13 +133,22 @@ class LiveStream:
     """One stream that is carried here, with whoever reads it."""
 
     def __init__(
-        self, stream_id: str, principal: str, connection: ClientConnection, log: StreamLog | None, linger_seconds: float
+        self,
+        stream_id: str,
+        principal: str,
+        connection: ClientConnection,
+        log: StreamLog | None,
+        *,
+        linger_seconds: float,
+        cut_linger_seconds: float,
     ) -> None:
+        """It lingers for `linger_seconds` where its client leaves, for the other where Penstock cuts it off."""
         self.stream_id = stream_id
         self.principal = principal
         self.log = log
         self.outlet = Outlet(connection, log, self._opener_is_gone)
         self._linger_seconds = linger_seconds if log is not None else 0.0
+        self._cut_linger_seconds = cut_linger_seconds if log is not None else 0.0
         self._loop = asyncio.get_running_loop()
         self._readers = 1  # who opened it
         self._has_opener = True
@@ -152,16 +178,24 @@ class LiveStream:
     def read(self) -> Iterator[None]:
         """While somebody reads its log."""
         self._readers += 1
-        self._stop_timer()
+        if self._lingering is not None:
+            self._stop_timer()
+            self._hear(ReadAgain(self._loop.time()))
         try:
             yield
         finally:
             self._leave()
 
-    def _opener_is_gone(self) -> bool:
+    def outlives_client(self) -> bool:
+        """Whether the stream goes on where its client is cut off."""
+        return self._cut_linger_seconds > 0
+
+    def _opener_is_gone(self, *, was_cut: bool = False) -> bool:
         """Whether the stream goes on without who opened it."""
         if self._has_opener:
             self._has_opener = False
+            if was_cut:
+                self._linger_seconds = max(self._linger_seconds, self._cut_linger_seconds)
             self.outlet.detach()
             self._leave(at_once=False)
         return self._readers > 0 or self._lingering is not None
@@ -172,8 +206,13 @@ class LiveStream:
             return
         if self._linger_seconds > 0:
             self._lingering = self._loop.call_later(self._linger_seconds, self._nobody_came)
+            self._hear(Unread(self._loop.time()))
         elif at_once:
             self._nobody_came()
+
+    def _hear(self, signal: Signal) -> None:
+        if self._driver is not None:
+            self._driver.hear(signal)
 
     def _nobody_came(self) -> None:
         self._lingering = None

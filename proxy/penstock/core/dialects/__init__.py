@@ -38,6 +38,9 @@ class Dialect(Protocol):
     def refusal(self, problem: Problem) -> bytes:
         """The body of an HTTP error answer, where nothing was sent yet."""
 
+    def cut_off(self, problem: Problem) -> bytes:
+        """The last bytes on a connection that is closed while its stream goes on; they are no event of the stream."""
+
 
 class Ext:
     """Engine fields without a place in the schema, waiting for the next event that they belong to."""

@@ -190,6 +190,11 @@ class _Envelope:
             body["ext"] = ext.merged()
         return body
 
+    def unnumbered(self, problem: Problem) -> bytes:
+        """An error of the connection alone: it is not in the log, so it has no `seq`."""
+        fields = {"code": problem.code, "message": problem.message, "retryable": True, "origin": problem.origin}
+        return orjson.dumps({"type": "error", "stream_id": self._id.decode(), **fields})
+
 
 def refusal(problem: Problem) -> bytes:
     """The body of an HTTP error on the native routes."""
@@ -220,6 +225,10 @@ class NativeSse:
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
 
+    def cut_off(self, problem: Problem) -> bytes:
+        # Without an id, so that an EventSource resumes after the last event that it has.
+        return b"event: error\ndata: %b\n\n" % self._envelope.unnumbered(problem)
+
 
 class NativeNdjson:
     """One line an event; an empty line is the heartbeat, as NDJSON readers skip it."""
@@ -241,6 +250,9 @@ class NativeNdjson:
 
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
+
+    def cut_off(self, problem: Problem) -> bytes:
+        return self._envelope.unnumbered(problem) + b"\n"
 
 
 class NativeFolded:
@@ -268,3 +280,6 @@ class NativeFolded:
 
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
+
+    def cut_off(self, problem: Problem) -> bytes:
+        return b""

@@ -96,6 +96,9 @@ class ChatStream:
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
 
+    def cut_off(self, problem: Problem) -> bytes:
+        return b"data: %b\n\n" % refusal(problem) + _DONE
+
     def _is_plain(self, event: Text, ext: Ext) -> bool:
         extras = event.logprobs or event.token_ids or event.refusal or (ext is not NO_EXT and ext)
         return not extras and not self._request.wants_running_usage
@@ -261,6 +264,9 @@ class ChatWhole:
 
     def refusal(self, problem: Problem) -> bytes:
         return refusal(problem)
+
+    def cut_off(self, problem: Problem) -> bytes:
+        return b""
 
     def _keep_tokens(self, event: Text | Finished) -> None:
         self._logprobs.setdefault(event.choice, []).extend(event.logprobs or ())
