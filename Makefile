@@ -6,7 +6,7 @@ ENGINE_VENV := .venv-vllm
 VLLM_VERSION ?= 0.32.0
 ENGINE ?= replay
 
-.PHONY: help demo test check lint types imports soak bench engine clean
+.PHONY: help demo test servers check lint types imports soak bench engine clean
 
 help:
 	@echo "make demo              stream an answer in the terminal, from an embedded engine"
@@ -23,8 +23,12 @@ else
 	@$(BIN)/penstock demo
 endif
 
-test: $(VENV)/.installed-test engine check
+test: servers $(VENV)/.installed-test engine check
 	$(BIN)/python -m pytest
+
+# The real Redis, nginx and HAProxy that the tests run against.
+servers:
+	@PYTHON=$(PYTHON) tests/system_packages.sh tests
 
 check: lint types imports
 
@@ -38,7 +42,7 @@ types: $(VENV)/.installed-test
 imports: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
-soak: $(VENV)/.installed-test engine
+soak: servers $(VENV)/.installed-test engine
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/properties tests/end_to_end -m "soak or not soak"
 
 bench: $(VENV)/.installed-test
@@ -52,6 +56,7 @@ $(ENGINE_VENV)/.installed-$(VLLM_VERSION):
 	@touch $@
 
 $(VENV)/bin/python:
+	@PYTHON=$(PYTHON) tests/system_packages.sh venv
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python

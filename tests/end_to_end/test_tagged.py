@@ -18,7 +18,7 @@ from support.sockets import until
 pytestmark = pytest.mark.engine
 
 # The stream's own name and clock, and the ids that vLLM draws for its calls.
-OWN = {"stream_id", "ts", "seq", "duration_ms", "ttft_ms", "events", "call_id"}
+OWN = {"stream_id", "ts", "resumable_until", "seq", "duration_ms", "ttft_ms", "events", "call_id"}
 
 
 @dataclass(frozen=True)
