@@ -14,7 +14,8 @@ from aiohttp import web
 from penstock.settings import Settings
 from penstock.shell.auth import Gatekeeper
 from penstock.shell.books import Books
-from penstock.shell.cluster import Cluster
+from penstock.shell.cluster import Cluster, Resolve
+from penstock.shell.engine import look_up
 from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.server import Server
 from penstock.shell.stores.memory import MemoryStore
@@ -26,7 +27,9 @@ _log = logging.getLogger("penstock")
 
 
 @asynccontextmanager
-async def running(settings: Settings, look_now: asyncio.Event | None = None) -> AsyncIterator[tuple[Server, str]]:
+async def running(
+    settings: Settings, look_now: asyncio.Event | None = None, resolve: Resolve = look_up
+) -> AsyncIterator[tuple[Server, str]]:
     """Penstock, listening; yields the server and its URL. Leaving the block drains and closes it.
 
     Once `look_now` is set, the files that may change are read again at once.
@@ -43,8 +46,9 @@ async def running(settings: Settings, look_now: asyncio.Event | None = None) -> 
     async with AsyncExitStack() as stack:
         telemetry = Telemetry.from_environment()
         stack.push_async_callback(asyncio.to_thread, telemetry.close)
-        cluster = Cluster(settings)
+        cluster = Cluster(settings, resolve)
         stack.push_async_callback(cluster.close)
+        await cluster.looked_up()
         books = await stack.enter_async_context(Books.opened(settings))
         store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
         stack.push_async_callback(store.close)

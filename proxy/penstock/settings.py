@@ -45,6 +45,14 @@ def _redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 Url = Annotated[str, AfterValidator(_http_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
@@ -74,7 +82,18 @@ class Upstream(_Part):
     )
 
     zone: str = Field("", description="where it stands; see routing.zone")
+    discover: Literal["off", "dns"] = Field(
+        "off", description="dns: each address of the URL's host is an engine, looked up again and again"
+    )
     weight: float = Field(1, gt=0, description="its share of the requests beside the others'")
+
+    @model_validator(mode="after")
+    def _has_a_name_to_look_up(self) -> "Upstream":
+        if self.discover == "dns" and (self.socket or _is_address(urlsplit(self.url).hostname or "")):
+            raise ValueError(
+                "discover: dns needs a host name in url, such as that of a headless service, and no socket"
+            )
+        return self
 
     @property
     def label(self) -> str:
@@ -89,7 +108,13 @@ class Upstream(_Part):
 class Routing(_Part):
     """How one of several engines is chosen, and when one is left alone."""
 
-    zone: str = Field("", description="Penstock's own zone: engines of it are preferred while none has a queue")
+    zone: str = Field("", description="Penstock's own zone: its engines come first unless each has requests waiting")
+    zone_header: str = Field("", description="header in which a trusted proxy names the caller's zone instead")
+    affinity: Literal["none", "prefix", "session"] = Field(
+        "none", description="which requests go to the same engine: none, prompts that begin alike, those of a session"
+    )
+    prefix_bytes: int = Field(4096, ge=1, description="how much of a prompt's beginning counts for affinity: prefix")
+    session_header: str = Field("X-Session-Id", description="header that names the session for affinity: session")
     retries: int = Field(
         1, ge=0, description="other engines that a request is given to after one failed on it before its first token"
     )
@@ -105,6 +130,10 @@ class Routing(_Part):
     circuit_failures: int = Field(3, ge=1, description="failed requests in a row after which an engine is paused")
     circuit_seconds: float = Field(5, gt=0, description="first pause; it doubles while the engine goes on failing")
     circuit_longest_seconds: float = Field(60, gt=0, description="longest pause")
+    read_load: bool = Field(True, description="count what other clients run on an engine, read from its /metrics")
+    models_seconds: float = Field(30, gt=0, description="how often an engine is asked for its models")
+    dns_seconds: float = Field(10, gt=0, description="how often the names of discover: dns are looked up")
+    refuse_long_prompts: bool = Field(True, description="refuse a prompt that fits no engine's context window at once")
 
 
 class StateSettings(_Part):

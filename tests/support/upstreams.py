@@ -59,10 +59,14 @@ class Seen:
 
     body: bytes = b""
     headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
+    models_headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
     requests: int = 0
     open: int = 0
     left: int = 0
     healthy: bool = True
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "tiny"}])
+    load: tuple[int, int] | None = None
+    """Requests that run and that wait, in its metrics; None for an engine without metrics."""
 
 
 def engine_app(answer: Handler) -> tuple[web.Application, Seen]:
@@ -82,14 +86,29 @@ def engine_app(answer: Handler) -> tuple[web.Application, Seen]:
             seen.open -= 1
 
     async def models(request: web.Request) -> web.Response:
-        seen.headers = request.headers.copy()
-        return web.json_response({"object": "list", "data": [{"id": "tiny"}]})
+        seen.models_headers = request.headers.copy()
+        return web.json_response({"object": "list", "data": seen.models})
+
+    async def metrics(_: web.Request) -> web.Response:
+        if seen.load is None:
+            raise web.HTTPNotFound
+        running, waiting = seen.load
+        labels = '{engine="0",model_name="tiny"}'
+        text = f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{labels} {running}.0\n"
+        return web.Response(text=f"{text}vllm:num_requests_waiting{labels} {waiting}.0\n")
 
     async def health(_: web.Request) -> web.Response:
         return web.Response(status=200 if seen.healthy else 503)
 
     app = web.Application(client_max_size=32 * 2**20)
-    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models), web.get("/health", health)])
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat),
+            web.get("/v1/models", models),
+            web.get("/health", health),
+            web.get("/metrics", metrics),
+        ]
+    )
     return app, seen
 
 

@@ -23,6 +23,10 @@ class Vocabulary:
         self.added = {number: token.content for number, token in added.items()}
         self.special = {number: token.content for number, token in added.items() if token.special}
 
+    def count(self, text: str) -> int:
+        """How many tokens a text is by itself. Takes about 0.2 µs a character: long ones belong in a thread."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
 
 class Detokenizer:
     """One choice. `prompt_end` are the last ids before the first generated one: a decoder may join across them."""

@@ -8,18 +8,25 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
+from urllib.parse import urlsplit
 
-from penstock.core.errors import EngineError
+from penstock.core.detokenize import Vocabulary
+from penstock.core.errors import CallerError, EngineError
+from penstock.core.prompt import least_tokens, prefix_key
+from penstock.core.request import StreamRequest
 from penstock.settings import Routing, Settings, Upstream
-from penstock.shell.engine import Engine
+from penstock.shell.engine import Engine, look_up
 
 _log = logging.getLogger("penstock")
+
+Resolve = Callable[[str], Awaitable[list[str]]]
+"""A name's addresses. Raises `OSError` where there is no answer."""
 
 # How soon an engine in doubt is asked again, and the least time between two questions.
 _DOUBT_SECONDS = 1.0
@@ -164,9 +171,15 @@ class Member:
     others: int = 0
     """Streams of other clients, as the engine last told."""
     waiting: int = 0
+    models: Mapping[str, int | None] | None = None
+    """What it serves, with the context windows; None while it has not said."""
+    models_asked: float = -math.inf
     is_leaving: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     work: asyncio.Task[None] | None = None
+
+    def serves(self, model: str) -> bool:
+        return self.models is None or model in self.models
 
     def option(self, zone: str) -> Option:
         near = not zone or self.upstream.zone == zone
@@ -191,14 +204,22 @@ def no_engine() -> EngineError:
 class Cluster:
     """The engines. Enter it inside a running loop; leaving it closes every connection."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, resolve: Resolve = look_up) -> None:
         self._settings = settings
         self._routing: Routing = settings.routing
+        self._resolve = resolve
         self._now = asyncio.get_running_loop().time
         self._members: dict[str, Member] = {}
+        self._leaving: set[Member] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._lookups: list[asyncio.Task[None]] = []
+        self._first_lookups: list[asyncio.Event] = []
         for upstream in settings.upstreams:
-            self._join(upstream, upstream.place)
+            if upstream.discover == "dns":
+                self._first_lookups.append(asyncio.Event())
+                self._lookups.append(asyncio.create_task(self._discover(upstream, self._first_lookups[-1])))
+            else:
+                self._join(upstream, upstream.place)
 
     @property
     def members(self) -> list[Member]:
@@ -218,6 +239,8 @@ class Cluster:
         """
         now = self._now()
         left = [member for member in self._members.values() if member not in tried]
+        # Where nobody is known to serve the model, the engine's own refusal is the answer.
+        left = [member for member in left if member.serves(wish.model)] or left
         healthy = [member for member in left if member.checks.is_healthy]
         admitted = [member for member in healthy if member.circuit.admits(now)] or healthy or left
         routing = self._routing
@@ -238,6 +261,59 @@ class Cluster:
             if member.is_leaving and member.in_flight == 0:
                 self._close_soon(member)
 
+    def window(self, model: str) -> int | None:
+        """The largest context window of this model in tokens; None unless every engine has said what it serves."""
+        windows: list[int | None] = []
+        for member in self.members:
+            if member.models is None:
+                return None
+            windows += [member.models[model]] if model in member.models else []
+        known = [window for window in windows if window is not None]
+        return max(known) if known and len(known) == len(windows) else None
+
+    def vocabulary(self, model: str) -> Vocabulary | None:
+        """The model's tokenizer, where an engine's plugin has told it."""
+        for member in self.members:
+            plugin = member.engine.plugin
+            if plugin is not None and plugin.vocabulary is not None and plugin.serves(model):
+                return plugin.vocabulary
+        return None
+
+    def wish(self, headers: Mapping[str, str], request: StreamRequest) -> Wish:
+        """What a request asks of the choice, by the settings, its headers and its prompt."""
+        routing = self._routing
+        zone = headers.get(routing.zone_header, "") if routing.zone_header else ""
+        affinity = None
+        if routing.affinity == "session" and (session := headers.get(routing.session_header)):
+            affinity = session.encode("utf-8", "surrogateescape")
+        elif routing.affinity == "prefix" and len(self._members) > 1:
+            affinity = prefix_key(request.engine_body, routing.prefix_bytes)
+        return Wish(request.model, affinity, zone)
+
+    async def refuse_too_long(self, request: StreamRequest) -> None:
+        """Raises `CallerError` for a prompt that certainly fits no engine's context window, so that none sees it."""
+        window = self.window(request.model) if self._routing.refuse_long_prompts else None
+        # No token is less than a byte, so nearly every prompt needs no counting.
+        if window is None or len(request.engine_body) <= window:
+            return
+        vocabulary = self.vocabulary(request.model)
+        count = None if vocabulary is None else vocabulary.count
+        least = await asyncio.to_thread(least_tokens, request.engine_body, count)
+        if least >= window:
+            message = (
+                f"the prompt has at least {least} tokens and the context window of {request.model} is {window} with "
+                "the answer; shorten the messages"
+            )
+            raise CallerError("context_length_exceeded", message, param="messages")
+
+    async def looked_up(self) -> None:
+        """Until every name was looked up once, so that the first request finds engines; but not long."""
+        waits = [asyncio.create_task(first.wait()) for first in self._first_lookups]
+        if waits:
+            _, waiting = await asyncio.wait(waits, timeout=self._settings.timing.connect_seconds)
+            for wait in waiting:
+                wait.cancel()
+
     async def settled(self) -> None:
         """Until each engine's plugin was found, or seen to be missing, for the first time."""
         for member in self.members:
@@ -245,14 +321,44 @@ class Cluster:
                 await member.engine.plugin.settled()
 
     async def close(self) -> None:
-        for member in self.members:
+        for lookup in self._lookups:
+            lookup.cancel()
+        await asyncio.gather(*self._lookups, return_exceptions=True)
+        for member in (*self._members.values(), *self._leaving):
             self._close_soon(member)
         while self._closing:
             await asyncio.wait(self._closing)
 
     # -- who belongs to it -------------------------------------------------------------------------
 
-    def _join(self, upstream: Upstream, key: str) -> None:
+    async def _discover(self, upstream: Upstream, first: asyncio.Event) -> None:
+        """Every address of a name is an engine. A lookup that fails changes nothing: engines outlive their DNS."""
+        host = urlsplit(upstream.url).hostname or ""
+        told = ""
+        while True:
+            try:
+                found = {f"{upstream.place} at {address}": address for address in await self._resolve(host)}
+            except OSError as error:
+                if told != str(error):
+                    _log.warning("engine %s: %s cannot be looked up: %s", upstream.label, host, error)
+                told = str(error)
+            else:
+                told = ""
+                self._change(upstream, found)
+            first.set()
+            await asyncio.sleep(self._routing.dns_seconds)
+
+    def _change(self, upstream: Upstream, found: Mapping[str, str]) -> None:
+        """Those that came join, those that went leave."""
+        known = {key: member for key, member in self._members.items() if member.upstream is upstream}
+        for key in found.keys() - known.keys():
+            _log.info("engine %s came", key)
+            self._join(upstream, key, found[key])
+        for key in known.keys() - found.keys():
+            _log.info("engine %s went", key)
+            self._leave(known[key])
+
+    def _join(self, upstream: Upstream, key: str, address: str | None = None) -> None:
         routing = self._routing
         circuit = Circuit(routing.circuit_failures, routing.circuit_seconds, routing.circuit_longest_seconds)
         checks = Checks(routing.unhealthy_after, routing.healthy_after)
@@ -265,7 +371,7 @@ class Cluster:
             if circuit.is_closed != was_closed:
                 _log.warning("engine %s: %s", engine.label, "works again" if works else "fails, its circuit is open")
 
-        engine = Engine(upstream, self._settings.timing, note)
+        engine = Engine(upstream, self._settings.timing, note, address)
         member = Member(key, engine, upstream, checks, circuit)
         member.work = asyncio.create_task(self._watch(member))
         self._members[key] = member
@@ -274,10 +380,12 @@ class Cluster:
         """No new requests; its streams go on, and its connections are closed after the last of them."""
         self._members.pop(member.key, None)
         member.is_leaving = True
+        self._leaving.add(member)
         if member.in_flight == 0:
             self._close_soon(member)
 
     def _close_soon(self, member: Member) -> None:
+        self._leaving.discard(member)
         task = asyncio.create_task(_close(member))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -292,6 +400,8 @@ class Cluster:
             if member.checks.told(await member.engine.is_healthy(at_most=0.0)):
                 healthy = member.checks.is_healthy
                 _log.warning("engine %s: %s", member.engine.label, "healthy again" if healthy else "not healthy")
+            if member.checks.is_sure:
+                await self._ask(member)
             try:
                 # Where there is doubt it is asked more often, so that it is gone, or back, soon.
                 async with asyncio.timeout(seconds if member.checks.is_sure else min(seconds, _DOUBT_SECONDS)):
@@ -299,6 +409,17 @@ class Cluster:
                 await asyncio.sleep(min(seconds, _BREATH_SECONDS))
             except TimeoutError:
                 pass
+
+    async def _ask(self, member: Member) -> None:
+        """What a healthy engine serves, and how busy it is with the requests of others."""
+        if self._now() - member.models_asked >= self._routing.models_seconds:
+            models = await member.engine.models()
+            if models is not None:
+                member.models, member.models_asked = models, self._now()
+        load = await member.engine.load() if self._routing.read_load else None
+        if load is not None:
+            running, member.waiting = load
+            member.others = max(0, running + member.waiting - member.in_flight)
 
 
 async def _close(member: Member) -> None:

@@ -2,11 +2,16 @@
 
 import asyncio
 import io
+import re
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import orjson
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from penstock.core.errors import EngineError, Problem
@@ -25,21 +30,32 @@ _MOST_SMALL_BYTES = 4 * 2**20
 _IDLE_SECONDS = 3.0
 
 
+# vLLM's gauges, a line for each model and engine core.
+_COUNTS = re.compile(rb"^vllm:num_requests_(running|waiting)(?:\{[^}\n]*\})? ([0-9.e+]+)$", re.MULTILINE)
+
+
 class Engine:
     """One upstream. Make it inside a running loop; `close` it when the last answer is over.
 
     `note` is told of each request whether the engine worked, as soon as it said anything or failed.
     """
 
-    def __init__(self, upstream: Upstream, timing: Timing, note: Callable[[bool], None] = lambda _works: None) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        timing: Timing,
+        note: Callable[[bool], None] = lambda _works: None,
+        at: str | None = None,
+    ) -> None:
+        """`at` is the address to reach it at, where the name in its URL has several."""
         self.upstream = upstream
-        self.label = upstream.label
+        self.label = upstream.label if at is None else f"{upstream.label} at {at}"
         self.note = note
         self._base = URL(upstream.url)
         # No limit on connections: admission is ours, not the pool's. aiohttp sets TCP_NODELAY by itself.
         # No overall or read time-out either: a silent engine is met by heartbeats and the stream's time limit.
         self._session = aiohttp.ClientSession(
-            connector=_connector(upstream.socket),
+            connector=_connector(upstream.socket, at),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timing.connect_seconds),
             headers={"Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -101,6 +117,27 @@ class Engine:
         self._health = (now, healthy)
         return healthy
 
+    async def models(self) -> dict[str, int | None] | None:
+        """Each model's context window in tokens, None where it is not told. None where the engine does not say."""
+        try:
+            status, _, body = await self.get("v1/models", {})
+            cards = orjson.loads(body)["data"] if status == 200 else None
+            return None if cards is None else {str(card["id"]): _window(card) for card in cards}
+        except (EngineError, orjson.JSONDecodeError, KeyError, TypeError):
+            return None
+
+    async def load(self) -> tuple[int, int] | None:
+        """How many requests run and how many wait, of all clients. None where the engine does not say."""
+        try:
+            status, _, body = await self.get("metrics", {})
+        except EngineError:
+            return None
+        counts = dict.fromkeys((b"running", b"waiting"), 0.0)
+        found = _COUNTS.findall(body) if status == 200 else []
+        for name, value in found:
+            counts[name] += float(value)
+        return (int(counts[b"running"]), int(counts[b"waiting"])) if found else None
+
     async def close(self) -> None:
         if self._plugin_task is not None:
             self._plugin_task.cancel()
@@ -114,9 +151,36 @@ class Engine:
         return {"Authorization": f"Bearer {key.get_secret_value()}"}
 
 
-def _connector(path: Path | None) -> aiohttp.BaseConnector:
+class _Pinned(AbstractResolver):
+    """Every name leads to one address, so that the host of the URL stays what TLS and the engine see."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def resolve(self, host: str, port: int = 0, *_family: Any, **_families: Any) -> list[ResolveResult]:
+        found = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        return [
+            ResolveResult(
+                hostname=host, host=self._address, port=port, family=found, proto=0, flags=socket.AI_NUMERICHOST
+            )
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+async def look_up(host: str) -> list[str]:
+    """The addresses of a name, as this machine's own resolver knows them. Raises `OSError` where there is no answer."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return sorted({str(address[0]) for *_, address in found})
+
+
+def _connector(path: Path | None, at: str | None) -> aiohttp.BaseConnector:
     if path is not None:
         return aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=_IDLE_SECONDS)
+    if at is not None:
+        resolver = _Pinned(at)
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, resolver=resolver, use_dns_cache=False)
     return aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
 
 
@@ -130,6 +194,11 @@ async def read_up_to(answer: aiohttp.ClientResponse, most: int) -> bytes:
         if size >= most:
             break
     return b"".join(pieces)
+
+
+def _window(card: dict[str, object]) -> int | None:
+    window = card.get("max_model_len")
+    return window if isinstance(window, int) else None
 
 
 def _problem(error: Exception, name: str) -> Problem:

@@ -144,6 +144,7 @@ class Server:
                 request, terms = await self._read(http, streams, place)
                 caller = _allowed(http, request)
                 family = self._family(request)
+                await self.cluster.refuse_too_long(request)
                 account = await self._books.open(caller, stream_id, request, trace)
                 entered.callback(account.drop)
                 log = await self._resume.open_log(caller.name, stream_id, kind(request), terms)
@@ -195,7 +196,8 @@ class Server:
             headers = self._engine_headers(http, trace, request, stream_id, engine)
             return self._ask(engine, stream_id, family, request, headers)
 
-        source = ClusterAnswer(self.cluster, Wish(request.model), ask, self._settings.routing.retries)
+        wish = self.cluster.wish(http.headers, request)
+        source = ClusterAnswer(self.cluster, wish, ask, self._settings.routing.retries)
         policy = self._rules.choose(request.model, stream.principal)
         setting = self._setting(stream, family, request, trace, policy)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))

@@ -79,6 +79,9 @@ class PluginConnection:
         """How vLLM names the model in its answers: the first of its served names, or the adapter that was asked."""
         return self._models[0] if asked in self._models else asked
 
+    def serves(self, model: str) -> bool:
+        return model in self._models
+
     async def settled(self) -> None:
         """Until the plugin was found or seen to be missing for the first time."""
         await self._settled.wait()
