@@ -11,13 +11,14 @@ from typing import Any
 
 from aiohttp import web
 
-from penstock.settings import Settings
+from penstock.settings import Settings, SettingsError
 from penstock.shell.auth import Gatekeeper
 from penstock.shell.books import Books
 from penstock.shell.cluster import Cluster, Resolve
 from penstock.shell.engine import look_up
 from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.server import Server
+from penstock.shell.stores.log import Store
 from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.telemetry import Telemetry
 from penstock.shell.tls import TlsFiles
@@ -50,7 +51,7 @@ async def running(
         stack.push_async_callback(cluster.close)
         await cluster.looked_up()
         books = await stack.enter_async_context(Books.opened(settings))
-        store = MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
+        store = _open_store(settings)
         stack.push_async_callback(store.close)
         server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules)
         stack.push_async_callback(gatekeeper.close)
@@ -73,6 +74,17 @@ async def running(
         await web.SockSite(runner, listening, ssl_context=tls.context if tls else None).start()
         yield server, _url(listening, "https" if tls else "http")
         await server.drain()
+
+
+def _open_store(settings: Settings) -> Store:
+    if settings.store.url is None:
+        return MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
+    try:
+        from penstock.shell.stores.redis import RedisStore
+    except ModuleNotFoundError:
+        remedy = "install it with pip install 'penstock[redis]', or leave store.url out"
+        raise SettingsError(f"store.url: needs the package redis, which is not installed; {remedy}") from None
+    return RedisStore(settings.store, settings.limits.stream_seconds, settings.timing.first_byte_seconds)
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:

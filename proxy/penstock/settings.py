@@ -239,6 +239,14 @@ class StoreSettings(_Part):
         60, ge=0, description="how long a stream that lingers goes on while nobody reads it, before it is cancelled"
     )
     memory_bytes: int = Field(256 * 2**20, ge=2**16, description="bytes of logs that this process keeps")
+    prefix: str = Field("penstock", pattern=r"^[\w.-]{1,64}$", description="first word of every key in Redis")
+    lease_seconds: float = Field(
+        10, ge=0.3, description="silence after which a replica counts as dead and its streams are ended by another"
+    )
+    timeout_seconds: float = Field(2, gt=0, description="time that Redis gets for an answer")
+    on_failure: Literal["continue", "end"] = Field(
+        "continue", description="when Redis is gone: streams go on, resumable at their replica only, or end"
+    )
 
 
 class Timing(_Part):

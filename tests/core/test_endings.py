@@ -14,7 +14,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from penstock.core.commands import AbortEngine, Ending, OpenClient, RecordUsage, Respond
+from penstock.core.dialects import Form
 from penstock.core.errors import EngineError, LimitReached
+from penstock.core.lost import close_lost, replica_lost
 from penstock.core.pacing import SlowClient
 from penstock.core.signals import (
     Broke,
@@ -27,11 +29,14 @@ from penstock.core.signals import (
     EngineClosed,
     EngineRefused,
     NoEngineLeft,
+    StoreLost,
+    TakenOver,
 )
+from penstock.core.verifier import verify
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE, content, error, final_usage, finish, frame, role, tool, whole
 from support.moderating import policy
-from support.playbook import STARTED, Outcome, Step, ask, play
+from support.playbook import EPOCH_MS, STARTED, STREAM_ID, Outcome, Step, ask, parse_events, play
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "endings.md"
 NOW = STARTED + 0.5
@@ -121,8 +126,12 @@ CASES: dict[Key, Case] = {
         bounds={"policy": policy({"id": "no", "literal": "STOP", "action": "halt"})},
     ),
     ("draining", "the drain time is over"): told(Draining(NOW)),
+    ("store_lost", "Redis is gone, and `store.on_failure` is `end`"): told(StoreLost(True, NOW)),
+    ("taken_over", "another replica took this one for dead"): told(TakenOver(NOW)),
     ("our_bug", "Penstock failed"): told(Broke(NOW)),
 }
+# Not ended by its exchange, which died.
+LOST = ("replica_lost", "the replica died, and another one ends its stream")
 
 
 def table(heading: str) -> dict[Key, Row]:
@@ -144,14 +153,35 @@ STATUSES = table("Where nothing was sent yet")
 
 def test_every_ending_has_its_rows() -> None:
     assert {ending for ending, _ in SAID} == {ending.value for ending in Ending}
-    assert SAID.keys() == STATUSES.keys() == CASES.keys()
+    assert SAID.keys() == STATUSES.keys() == CASES.keys() | {LOST}
 
 
 def run(case: Case, dialect: Any, steps: Sequence[Step]) -> Outcome:
     return play(ask(**case.body), steps, dialect=dialect, **case.bounds)
 
 
-@pytest.mark.parametrize("key", SAID, ids=str)
+def test_what_is_said_of_a_stream_whose_replica_died() -> None:
+    row, status = SAID[LOST], STATUSES[LOST]
+    before = play(ask(), HELLO).data
+    closing = close_lost(before.splitlines()[1:], Form.NDJSON, "NativeNdjson", STREAM_ID, 4, EPOCH_MS)
+    assert closing is not None
+    events = parse_events(before + closing.data)
+    assert verify(events) == []
+    assert [event["code"] for event in events if event["type"] == "error"] == [row["`error`"]]
+    assert [event["reason"] for event in events if event["type"] == "finish"] == [row["`finish`"]]
+    assert events[-1]["status"] == row["`stream.end`"]
+    assert closing.record.ending.value == LOST[0]
+    assert closing.record.usage.estimated is (row["bill"] == "estimated")
+    assert span_status(closing.record) == row["span"]
+    assert {str(replica_lost().status)} == {status["stream"], status["folded"], status["unstreamed chat"]}
+    chunks = close_lost([], Form.FOREIGN, "ChatStream", STREAM_ID, 4, EPOCH_MS)
+    assert chunks is not None
+    error, end = chunks.data.split(b"\n\n")[:2]
+    assert b'"code":"replica_lost"' in error
+    assert end == b"data: [DONE]"
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
 def test_what_a_stream_says(key: Key) -> None:
     case, row = CASES[key], SAID[key]
     outcome = run(case, "ndjson", [*case.before, *case.last])
@@ -165,7 +195,7 @@ def test_what_a_stream_says(key: Key) -> None:
     assert span_status(outcome.record) == row["span"]
 
 
-@pytest.mark.parametrize("key", SAID, ids=str)
+@pytest.mark.parametrize("key", CASES, ids=str)
 def test_what_a_chat_client_sees_last(key: Key) -> None:
     case = CASES[key]
     chunks = run(case, "chat", [*case.before, *case.last]).chat_chunks()
@@ -179,7 +209,7 @@ def test_what_a_chat_client_sees_last(key: Key) -> None:
     assert "error" in last or last["choices"][0]["finish_reason"] == SAID[key]["`finish`"]
 
 
-@pytest.mark.parametrize("key", STATUSES, ids=str)
+@pytest.mark.parametrize("key", CASES, ids=str)
 def test_where_nothing_was_sent_yet(key: Key) -> None:
     case, row = CASES[key], STATUSES[key]
     assert status_of(run(case, "ndjson", case.last)) == row["stream"]

@@ -36,7 +36,7 @@ from penstock.core.families import FAMILIES, Family, State, choose_family, think
 from penstock.core.pacing import SlowClient
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
-from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal
+from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal, TakenOver
 from penstock.core.verifier import Verifier, verify
 from support.chunks import MODEL
 
@@ -229,7 +229,7 @@ def play(body: Json | None, steps: Iterable[Step], *, cuts: Sequence[int] | None
     for step, following in zip(played, [*played[1:], None], strict=True):
         signal = EngineSpoke(step, now) if isinstance(step, bytes) else step
         now = signal.now
-        left |= isinstance(signal, ClientLeft) and not outcome.exchange.is_over
+        left |= isinstance(signal, ClientLeft | TakenOver) and not outcome.exchange.is_over
         outcome.commands += tell(outcome.exchange, signal, following)
     if setting.get("dialect", "ndjson") in ("ndjson", "sse"):
         outcome.events = parse_events(outcome.data)

@@ -21,6 +21,9 @@ class Ending(Enum):
     ENGINE_GONE = "engine_gone"
     HALTED = "halted"
     DRAINING = "draining"
+    REPLICA_LOST = "replica_lost"
+    TAKEN_OVER = "taken_over"
+    STORE_LOST = "store_lost"
     OUR_BUG = "our_bug"
 
 

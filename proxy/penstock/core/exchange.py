@@ -75,6 +75,8 @@ from penstock.core.signals import (
     NoEngineLeft,
     ReadAgain,
     Signal,
+    StoreLost,
+    TakenOver,
     Unread,
 )
 from penstock.core.stop_strings import StopStrings
@@ -174,6 +176,7 @@ class Exchange:
         self._ticked_tokens = 0
         self._first_text: float | None = None
         self._ext: dict[int | None, Ext] = {}
+        self._unsaid: list[Event] = []  # warnings that wait for the first event, since an answer may still be refused
 
     @property
     def content_type(self) -> str:
@@ -219,7 +222,7 @@ class Exchange:
             case ClockTicked():
                 return self._tick(signal.now)
             case ClientLeft():
-                return self._leave(Ending.CLIENT_GONE, signal.now)
+                return self._leave(signal.now)
             case ClientBacklog():
                 return self._client_backlog(signal)
             case Unread() | ReadAgain():
@@ -231,6 +234,10 @@ class Exchange:
             case Draining():
                 draining = Overloaded("draining", "this replica is shutting down; send the request again")
                 return self._fail(Ending.DRAINING, draining, signal.now)
+            case StoreLost():
+                return self._lose_store(signal)
+            case TakenOver():
+                return self._drop(Ending.TAKEN_OVER, signal.now)
             case Broke():
                 problem = OurBug("internal_error", "Penstock failed on this stream; its log has the stream id")
                 return self._fail(Ending.OUR_BUG, problem, signal.now)
@@ -244,6 +251,8 @@ class Exchange:
         self._last_heard = now
         items, done, failure = self._sort(heard)
         items = self._travel(items, now)
+        if self._unsaid and items:
+            items, self._unsaid = [*self._unsaid, *items], []
         commands = self._interventions() + self._send(items, now)
         if (halt := self._moderation.halted) is not None:
             return commands + self._end(Ending.HALTED, _told(halt), now)
@@ -495,10 +504,24 @@ class Exchange:
         ending, problem = self._gave_up or (Ending.ENGINE_GONE, signal.problem)
         return self._fail(ending, problem, signal.now)
 
-    def _leave(self, ending: Ending, now: float) -> list[Command]:
+    def _lose_store(self, signal: StoreLost) -> list[Command]:
+        if signal.fatal:
+            message = "the store that logs the streams is gone, and nothing is sent here that is not logged; try again"
+            return self._fail(Ending.STORE_LOST, Overloaded("store_lost", message), signal.now)
+        warning = Warned("resume_lost", "from here on the stream can be resumed at this replica only")
+        if self._seq == 0:
+            self._unsaid.append(warning)
+            return []
+        return self._send([warning], signal.now)
+
+    def _leave(self, now: float) -> list[Command]:
         """Nobody reads any more. What is said to nobody goes into the log, so that whoever comes back learns of it."""
         if self._phase is _Phase.OPEN and self._setting.is_logged:
-            return self._end(ending, None, now)
+            return self._end(Ending.CLIENT_GONE, None, now)
+        return self._drop(Ending.CLIENT_GONE, now)
+
+    def _drop(self, ending: Ending, now: float) -> list[Command]:
+        """The end of a stream to which nothing can be said any more."""
         self._phase = _Phase.OVER
         held = self._pacing.let_go()
         self._accounting.take_back(held)

@@ -116,6 +116,21 @@ class Draining:
 
 
 @dataclass(slots=True)
+class StoreLost:
+    """What the stream says can no longer be logged for other replicas; `fatal` where it shall end for that."""
+
+    fatal: bool
+    now: float
+
+
+@dataclass(slots=True)
+class TakenOver:
+    """Another replica believed this one dead and has ended the stream in the log."""
+
+    now: float
+
+
+@dataclass(slots=True)
 class Broke:
     """A fault of our own in handling this stream."""
 
@@ -143,6 +158,8 @@ Signal = (
     | ReadAgain
     | Cancelled
     | Draining
+    | StoreLost
+    | TakenOver
     | Broke
     | ClockTicked
 )

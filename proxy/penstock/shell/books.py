@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.core.commands import RecordUsage
+from penstock.core.commands import Ending, RecordUsage
 from penstock.core.request import StreamRequest
 from penstock.settings import Settings, SettingsError
 from penstock.shell.callers import Caller
@@ -75,14 +75,19 @@ class Books:
         return Account(grant.headers, self, caller, grant, stream_id, trace)
 
     def write(self, ended: RecordUsage, grant: Grant, caller: Caller, stream_id: str, trace: StreamTrace) -> None:
+        self.limits.settle(grant, billed_tokens(ended.usage, self._records.bill))
+        self.note(ended, stream_id, caller.name, trace)
+
+    def note(self, ended: RecordUsage, stream_id: str, principal: str, trace: StreamTrace) -> None:
+        """The record of a stream and its line in the log; here even where its replica died and nobody settles."""
         bill, usage = self._records.bill, ended.usage
-        self.limits.settle(grant, billed_tokens(usage, bill))
-        self._records.add(usage_record(ended, bill, stream_id=stream_id, trace=trace, principal=caller.name))
+        if ended.ending is not Ending.TAKEN_OVER:  # whoever took it over has written the record
+            self._records.add(usage_record(ended, bill, stream_id=stream_id, trace=trace, principal=principal))
         _log.info(
             "stream %s ended %s: principal=%s model=%s prompt=%d completion=%d delivered=%d estimated=%s seconds=%.3f",
             stream_id,
             ended.ending.value if ended.error_code is None else ended.error_code,
-            caller.name,
+            principal,
             ended.model,
             usage.prompt_tokens,
             usage.completion_tokens,

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import orjson
@@ -79,7 +80,7 @@ class Resume:
         if not self._settings.store.retention_seconds or not (by_events or terms.key or terms.lingers):
             return None
         claim = Claim(principal, terms.key, terms.digest, stream_id) if terms.key else None
-        info = StreamInfo(stream_id, principal, kind.form, kind.content_type, int(time.time() * 1000))
+        info = StreamInfo(stream_id, principal, kind.form, kind.__name__, kind.content_type, int(time.time() * 1000))
         return await self._store.create(info, claim)
 
     def lingering(self, terms: Terms) -> float:
@@ -143,10 +144,12 @@ class Resume:
     ) -> web.StreamResponse:
         live = self._streams.get(log.info.stream_id)
         merged = {**self._headers(log), **headers}
-        if live is None:
-            return await _Reader(self._settings, http, log, after, form, merged).run()
-        with live.read():
-            return await _Reader(self._settings, http, log, after, form, merged).run()
+        log.readers += 1
+        try:
+            with live.read() if live is not None else nullcontext():
+                return await _Reader(self._settings, http, log, after, form, merged).run()
+        finally:
+            log.readers -= 1
 
 
 class _Reader:

@@ -32,7 +32,7 @@ from penstock.shell.engine import Engine
 from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, TaggedAnswer
-from penstock.shell.stores.log import Claim, Store
+from penstock.shell.stores.log import Claim, Store, StreamInfo
 from penstock.shell.streams import LiveStream, Streams
 from penstock.shell.telemetry import StreamTrace, Telemetry
 
@@ -74,9 +74,10 @@ class Server:
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
         self._admission = Admission(settings.limits)
-        self._store = store
+        self.store = store
         self._streams = Streams()
         self._resume = Resume(settings, self._streams, store)
+        store.start(self._streams.obey, self._record_lost)
         self._draining = False
 
     def application(self) -> web.Application:
@@ -312,9 +313,17 @@ class Server:
         trace.finish(record)
         account.end(record)
 
+    def _record_lost(self, info: StreamInfo, record: RecordUsage) -> None:
+        """The bill of a stream whose own replica cannot write it any more."""
+        trace = self._telemetry.begin({}, STREAMS, info.stream_id)
+        trace.finish(record)
+        self._books.note(record, info.stream_id, info.principal, trace)
+
     async def _cancel(self, http: web.Request) -> web.Response:
         """Idempotent: a stream that is over, or never was, is as cancelled as it will ever be."""
-        await self._streams.cancel(http.match_info["id"], caller_of(http).name)
+        stream_id, principal = http.match_info["id"], caller_of(http).name
+        if not await self._streams.cancel(stream_id, principal):
+            await self.store.tell(stream_id, principal, "cancel")
         return web.Response(status=204)
 
     async def _snapshot(self, http: web.Request) -> web.StreamResponse:

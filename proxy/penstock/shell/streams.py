@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
-from penstock.core.signals import Cancelled, Draining, ReadAgain, Signal, Unread
+from penstock.core.signals import Cancelled, Draining, ReadAgain, Signal, StoreLost, TakenOver, Unread
 from penstock.shell.client import ClientConnection, ClientGone
-from penstock.shell.stores.log import StreamLog, Whole
+from penstock.shell.stores.log import DeferredLog, StreamLog, Whole
 
 _log = logging.getLogger("penstock")
 
@@ -45,12 +45,17 @@ class Outlet:
         self._log = log
         self._goes_on = goes_on
         self._hanging_up: asyncio.Task[None] | None = None
-        self._untold = False  # the client left while the head was sent, and the driver does not know yet
+        self._untold = False  # the client left, and the driver does not know yet
+        self._is_full = False
+        self._later = log if isinstance(log, DeferredLog) else None
+        if self._later is not None:
+            self._later.deliver = self._deliver
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait for the client in its connection."""
-        return self._connection.unsent if self._connection is not None else 0
+        """Bytes that wait for the client in its connection, or to be logged before they are sent."""
+        waiting = self._later.waiting_bytes if self._later is not None else 0
+        return waiting + (self._connection.unsent if self._connection is not None else 0)
 
     async def open(self, content_type: str, preamble: bytes) -> None:
         if self._log is not None:
@@ -64,6 +69,11 @@ class Outlet:
 
     def send(self, data: bytes, seq: int) -> bool:
         """Keeps and sends, without waiting; False where more than its high mark waits for the client now."""
+        if self._later is not None and seq:
+            self._later.append_later(data, seq, send=True)
+            if self._untold:
+                self._lost()
+            return self._later.has_room and not self._is_full
         self.keep(data, seq)
         if self._connection is not None:
             try:
@@ -76,36 +86,57 @@ class Outlet:
 
     async def room(self) -> None:
         """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+        if self._later is not None:
+            await self._later.settled()
         connection = self._connection
         try:
             if connection is not None:
                 await connection.room()
+                self._is_full = False
         except ClientGone:
             if self._connection is connection:
                 self._lost()
 
     def keep(self, data: bytes, seq: int) -> None:
         """Puts events into the log; what has no number is none."""
-        if self._log is not None and seq:
+        if self._later is not None and seq:
+            self._later.append_later(data, seq, send=False)
+        elif self._log is not None and seq:
             self._log.append(data, seq)
+
+    def _deliver(self, data: bytes) -> None:
+        """What was logged just now goes out."""
+        if self._connection is not None:
+            try:
+                self._is_full = not self._connection.send(data)
+            except ClientGone:
+                self._connection, self._untold = None, True  # the driver is told with its next write
 
     async def respond(self, status: int, body: bytes, content_type: str, headers: dict[str, str]) -> None:
         if self._log is not None:
             self._log.answer(Whole(status, body, headers))
-        self.end()
+        await self._end()
         if self._connection is not None:
             await self._connection.respond(status, body, content_type, headers)
 
     async def finish(self) -> None:
-        self.end()
+        await self._end()
         if self._connection is not None:
             await self._connection.finish()
+
+    async def _end(self) -> None:
+        self.end()
+        if self._later is not None:
+            await self._later.settled()
 
     def end(self) -> None:
         if self._log is not None:
             self._log.end()
 
     def abort(self) -> None:
+        """Ends every waiting: for the client, which is dropped, and for the log."""
+        if self._later is not None:
+            self._later.give_up()
         if self._connection is not None:
             self._connection.abort()
 
@@ -154,10 +185,16 @@ class LiveStream:
         self._has_opener = True
         self._lingering: asyncio.TimerHandle | None = None
         self._driver: Carrier | None = None
+        self._watched_until = 0.0
+        self._telling: set[asyncio.Task[None]] = set()
+        if isinstance(log, DeferredLog):
+            log.lost, log.taken_over = self._store_lost, self._taken_over
 
     async def carry(self, driver: Carrier) -> None:
         """Until the stream is over, whoever leaves."""
         self._driver = driver
+        if self.log is not None and self.log.is_alone:
+            self._store_lost(False)
         try:
             await driver.run()
         finally:
@@ -173,6 +210,28 @@ class LiveStream:
     async def tell(self, signal: Signal) -> None:
         if self._driver is not None:
             await self._driver.tell(signal)
+
+    def tell_soon(self, signal: Signal) -> None:
+        task = asyncio.create_task(self.tell(signal))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    def watch(self, seconds: float) -> None:
+        """Somebody reads it at another replica, and will for so long."""
+        self._watched_until = self._loop.time() + seconds
+        if self._lingering is not None:
+            self._stop_timer()
+            self._hear(ReadAgain(self._loop.time()))
+            self._linger(at_once=True)
+
+    def _store_lost(self, fatal: bool) -> None:
+        self.tell_soon(StoreLost(fatal, self._loop.time()))
+
+    def _taken_over(self) -> None:
+        """Its client must not be told another end than the log has: it is cut off and may resume."""
+        self.outlet.abort()
+        self.outlet.detach()
+        self.tell_soon(TakenOver(self._loop.time()))
 
     @contextmanager
     def read(self) -> Iterator[None]:
@@ -202,11 +261,16 @@ class LiveStream:
 
     def _leave(self, *, at_once: bool = True) -> None:
         self._readers -= 1
-        if self._readers:
-            return
-        if self._linger_seconds > 0:
-            self._lingering = self._loop.call_later(self._linger_seconds, self._nobody_came)
-            self._hear(Unread(self._loop.time()))
+        if not self._readers:
+            self._linger(at_once=at_once)
+
+    def _linger(self, *, at_once: bool) -> None:
+        watched = self._watched_until - self._loop.time()
+        seconds = max(self._linger_seconds, watched)
+        if seconds > 0:
+            self._lingering = self._loop.call_later(seconds, self._nobody_came)
+            if watched <= 0:
+                self._hear(Unread(self._loop.time()))
         elif at_once:
             self._nobody_came()
 
@@ -264,10 +328,23 @@ class Streams:
         if not self._live:
             self._all_closed.set()
 
-    async def cancel(self, stream_id: str, principal: str) -> None:
+    async def cancel(self, stream_id: str, principal: str) -> bool:
+        """Cancels a stream of this caller; False where it is not carried here."""
         stream = self._live.get(stream_id)
-        if stream is not None and stream.principal == principal:
+        if stream is None:
+            return False
+        if stream.principal == principal:
             await stream.tell(Cancelled(asyncio.get_running_loop().time()))
+        return True
+
+    def obey(self, word: str, stream_id: str, seconds: float) -> None:
+        """What another replica asks on behalf of the stream's own caller."""
+        if (stream := self._live.get(stream_id)) is None:
+            return
+        if word == "cancel":
+            stream.tell_soon(Cancelled(asyncio.get_running_loop().time()))
+        elif word == "watch":
+            stream.watch(seconds)
 
     async def drain(self, seconds: float) -> None:
         """Until no stream is open; after `seconds` the rest is ended with an error event."""

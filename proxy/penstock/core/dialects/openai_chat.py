@@ -45,6 +45,11 @@ def refusal(problem: Problem) -> bytes:
     return orjson.dumps(_error(problem.code, problem.message, problem.origin, problem.param))
 
 
+def broken_off(problem: Problem) -> bytes:
+    """The end of a stream of chunks that somebody else has to end."""
+    return _frame(_error(problem.code, problem.message, problem.origin)) + _DONE
+
+
 def _error(code: str, message: str, origin: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": _ERROR_TYPES[origin], "param": param, "code": code}}
 

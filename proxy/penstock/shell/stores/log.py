@@ -2,10 +2,11 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Form
 
 # What an entry costs beside its bytes: the bytes object's head, the entry and its place in the list (measured 110).
@@ -14,13 +15,18 @@ ENTRY_OVERHEAD = 128
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """What is known of a stream from its start. `started_ms` is Unix time."""
+    """What is known of a stream from its start. `dialect` is its class's name, `started_ms` Unix time."""
 
     stream_id: str
     principal: str
     form: Form
+    dialect: str
     content_type: str
     started_ms: int
+
+    @property
+    def has_cursors(self) -> bool:
+        return self.form in (Form.SSE, Form.NDJSON)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,9 @@ class Evicted(Exception):
 class StreamLog:
     """The bytes of one stream, in order. Written by one, read by any number, each at its own cursor."""
 
+    is_deferred: ClassVar[bool] = False
+    """Whether what is handed in is in the log only later: then `DeferredLog` says more."""
+
     def __init__(self, info: StreamInfo, owner: "LogOwner") -> None:
         self.info = info
         self.is_open = False  # the head went out, or an answer is there
@@ -69,6 +78,8 @@ class StreamLog:
         self.earliest = 1
         self.last = 0
         self.size = 0
+        self.readers = 0
+        self.is_alone = False  # it was to be shared with other replicas, and is not
         self._entries: list[Entry] = []
         self._owner = owner
         self._waiting: set[asyncio.Future[None]] = set()
@@ -157,12 +168,51 @@ class StreamLog:
         return iter(self._entries)
 
 
+class DeferredLog(StreamLog):
+    """A log that is written elsewhere first; what it then calls, whoever writes it sets."""
+
+    is_deferred: ClassVar[bool] = True
+
+    def __init__(self, info: StreamInfo, owner: "LogOwner") -> None:
+        super().__init__(info, owner)
+        self.deliver: Callable[[bytes], None] = lambda _: None
+        """Takes bytes that were handed in with `send`, once they are in the log, in order."""
+        self.lost: Callable[[bool], None] = lambda _: None
+        """Told when the log goes on in this process only; True where the stream shall end for that."""
+        self.taken_over: Callable[[], None] = lambda: None
+        """Told when somebody else has ended the stream."""
+
+        self.waiting_bytes = 0
+        """What was handed in and is not in the log yet."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether little waits to be written."""
+        raise NotImplementedError
+
+    def append_later(self, data: bytes, last: int, *, send: bool) -> None:
+        raise NotImplementedError
+
+    async def settled(self) -> None:
+        """Until everything that was handed in is in the log, or `give_up` was called."""
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more."""
+        raise NotImplementedError
+
+
 class LogOwner(Protocol):
     """What a log tells the store that keeps it."""
 
     def grew(self, size: int) -> None: ...
 
     def ended(self, log: StreamLog) -> None: ...
+
+
+OnWord = Callable[[str, str, float], None]
+"""A word (`cancel`, or `watch` for so many seconds), the stream's id and the seconds."""
+OnLost = Callable[[StreamInfo, RecordUsage], None]
 
 
 class Store(Protocol):
@@ -173,6 +223,12 @@ class Store(Protocol):
 
         A key is free again when its attempt ended without an answer, and when the log of its stream is forgotten.
         """
+
+    def start(self, on_word: OnWord, on_lost: OnLost) -> None:
+        """Call once. `on_word` hears what other replicas ask, `on_lost` the bills of streams that lost theirs."""
+
+    async def tell(self, stream_id: str, principal: str, word: str) -> None:
+        """Passes a word on to the replica that carries the stream; nothing if there is none or it is another's."""
 
     async def find(self, stream_id: str) -> StreamLog | None:
         """The log of a stream, running or over; None where there is none any more."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from penstock.shell.stores.log import Claim, StreamInfo, StreamLog
+from penstock.shell.stores.log import Claim, OnLost, OnWord, StreamInfo, StreamLog
 
 
 class MemoryStore:
@@ -34,6 +34,23 @@ class MemoryStore:
         self._running[info.stream_id] = log
         return log
 
+    def adopt(self, log: StreamLog) -> None:
+        """Keeps a running log that was made elsewhere."""
+        self._running[log.info.stream_id] = log
+
+    def drop(self, stream_id: str) -> None:
+        """Forgets a log whatever its state."""
+        if (log := self._running.pop(stream_id, None)) is not None:
+            self.size -= log.size
+        elif stream_id in self._finished:
+            self._forget(stream_id)
+
+    def start(self, on_word: OnWord, on_lost: OnLost) -> None:
+        """There are no other replicas."""
+
+    async def tell(self, stream_id: str, principal: str, word: str) -> None:
+        """There are no other replicas."""
+
     async def find(self, stream_id: str) -> StreamLog | None:
         if (log := self._running.get(stream_id)) is not None:
             return log
@@ -47,7 +64,8 @@ class MemoryStore:
     def ended(self, log: StreamLog) -> None:
         """Its log is kept for the retention time, or dropped at once where it answers nothing."""
         stream_id = log.info.stream_id
-        self._running.pop(stream_id, None)
+        if self._running.pop(stream_id, None) is None:
+            return  # dropped before
         self._finished[stream_id] = (self._loop.time() + self._retention_seconds, log)
         if not log.answers:
             self._forget(stream_id)

@@ -1,0 +1,296 @@
+"""Several replicas and a real Redis: any of them takes a stream up, and one that dies is noticed once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientPayloadError, web
+
+from penstock.core.verifier import parse_log, verify
+from penstock.shell.replay import serving
+from penstock.shell.stores.redis import RedisStore, stopped
+from support import chunks
+from support.http_client import FOLDED, NDJSON, SSE, Caller, Json, calling, chat
+from support.redis_server import RedisServer, redis_server
+from support.sidecar import Sidecar, sidecar
+from support.sockets import until
+from support.upstreams import engine_app, opened, replay, replayed, saying
+
+STREAMS = "/v1/streams"
+CHAT = "/v1/chat/completions"
+LINGER: Json = {"penstock": {"on_disconnect": "linger"}}
+LEASE = 0.6
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    async with redis_server(tmp_path) as server:
+        yield server
+
+
+@dataclass
+class Replicas:
+    callers: list[Caller]
+    sidecars: list[Sidecar]
+
+    def store(self, number: int) -> RedisStore:
+        store = self.sidecars[number].server.store
+        assert isinstance(store, RedisStore)
+        return store
+
+    async def kill(self, number: int) -> None:
+        """As a dead process would be: nothing of its store runs any more, and what it had said to Redis stays."""
+        await stopped(self.store(number).tasks.values())
+
+
+@asynccontextmanager
+async def replicas(
+    engine: web.Application, redis: RedisServer, count: int = 2, **flags: Any
+) -> AsyncIterator[Replicas]:
+    settings = {
+        "store__url": redis.url,
+        "store__lease_seconds": LEASE,
+        "store__timeout_seconds": 0.5,
+        "timing__closing_seconds": 0.5,
+        **flags,
+    }
+    async with AsyncExitStack() as stack:
+        engine_url = await stack.enter_async_context(serving(engine))
+        found = [await stack.enter_async_context(sidecar(engine_url, **settings)) for _ in range(count)]
+        callers = [await stack.enter_async_context(calling(running.url)) for running in found]
+        yield Replicas(callers, found)
+
+
+def frames(data: bytes) -> list[bytes]:
+    return [frame + b"\n\n" for frame in data.split(b"\n\n")[:-1] if not frame.startswith(b":")]
+
+
+async def resumed(caller: Caller, stream_id: str, after: int = 0, accept: str = SSE) -> Any:
+    return await caller.get(f"{STREAMS}/{stream_id}/events?after={after}", {"Accept": accept})
+
+
+class Word:
+    """An engine that says two words, waits until it may go on, and says the rest."""
+
+    def __init__(self) -> None:
+        self.may_go_on = asyncio.Event()
+        self.app, self.seen = engine_app(self._answer)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        response = await opened(request)
+        await response.write(chunks.role() + chunks.content("Hello", tokens=1))
+        await asyncio.sleep(0.02)
+        await response.write(chunks.content(" you", tokens=2))
+        await self.may_go_on.wait()
+        await response.write(chunks.content("!", tokens=3))
+        await asyncio.sleep(0.1)
+        await response.write(chunks.finish(tokens=4) + chunks.final_usage(4) + chunks.DONE)
+        return response
+
+
+@asynccontextmanager
+async def begun(
+    caller: Caller, body: Json, route: str = STREAMS, **headers: str
+) -> AsyncIterator[tuple[Any, bytearray]]:
+    """A stream of which two words were read."""
+    async with caller.opened(STREAMS, body) as response:
+        data = bytearray()
+        while b'you"' not in data or not data.endswith(b"\n\n"):
+            data += await response.content.readany()
+        yield response, data
+
+
+@pytest.mark.parametrize("form", [SSE, NDJSON], ids=["events", "lines"])
+async def test_another_replica_replays_a_finished_stream_byte_for_byte(redis: RedisServer, form: str) -> None:
+    async with replicas(replay(), redis) as both:
+        whole = await both.callers[0].stream(form, **replayed("thinking-tool-parsed", tools=[]))
+        stream_id = whole.headers["X-Stream-Id"]
+        for after in range(0, len(whole.events), 3):
+            here, there = [await resumed(caller, stream_id, after, form) for caller in both.callers]
+            assert (there.status, there.body) == (200, here.body)
+        assert (await resumed(both.callers[1], stream_id, len(whole.events), form)).status == 204
+        snapshot = (await both.callers[1].get(f"{STREAMS}/{stream_id}")).json
+        assert (snapshot["status"], snapshot["last_seq"]) == ("completed", len(whole.events))
+
+
+async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+        stream_id = response.headers["X-Stream-Id"]
+        there = asyncio.create_task(resumed(both.callers[1], stream_id, 2))
+        await asyncio.sleep(0.2)
+        word.may_go_on.set()
+        everything = frames(bytes(seen) + await response.read())
+        assert verify(parse_log(b"".join(everything))) == []
+        assert frames((await there).body) == everything[2:]
+
+
+async def test_a_reader_elsewhere_keeps_a_stream_going(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis, store__linger_seconds=0.4) as both:
+        async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
+            stream_id = response.headers["X-Stream-Id"]
+        there = asyncio.create_task(resumed(both.callers[1], stream_id, len(frames(bytes(seen)))))
+        await asyncio.sleep(1.5)
+        assert word.seen.open == 1
+        word.may_go_on.set()
+        log = parse_log(b"".join(frames(bytes(seen)) + frames((await there).body)))
+        assert verify(log) == []
+        assert log[-1]["status"] == "completed"
+
+
+async def test_a_delete_at_another_replica_cancels(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+        assert (await both.callers[1].delete(response.headers["X-Stream-Id"])).status == 204
+        log = parse_log(bytes(seen) + await response.read())
+        assert log[-1]["status"] == "cancelled"
+        await until(lambda: word.seen.left == 1)
+
+
+@pytest.mark.parametrize(
+    ("route", "accept", "body"),
+    [(STREAMS, SSE, {}), (STREAMS, FOLDED, {}), (CHAT, "*/*", {"stream": True})],
+    ids=["events", "folded", "chunks"],
+)
+async def test_a_retry_at_another_replica_gets_the_same_answer(
+    redis: RedisServer, route: str, accept: str, body: Json
+) -> None:
+    app, seen = engine_app(saying(*chunks.answer_of(["Hello", " you"])))
+    headers = {"Accept": accept, "Idempotency-Key": "k-1"}
+    async with replicas(app, redis) as both:
+        first, again = [await caller.post(route, chat(**body), headers) for caller in both.callers]
+        assert (first.status, again.status, again.body, seen.requests) == (200, 200, first.body, 1)
+        assert again.headers["Idempotency-Replayed"] == "true"
+        other = await both.callers[1].post(route, chat(**body, max_tokens=7), headers)
+        assert (other.status, other.error["code"]) == (422, "idempotency_key_reused")
+
+
+async def test_many_retries_at_once_run_one_attempt(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both:
+        headers = {"Idempotency-Key": "k-1"}
+        tasks = [asyncio.create_task(both.callers[n % 2].post(STREAMS, chat(), headers)) for n in range(10)]
+        await asyncio.sleep(0.4)
+        word.may_go_on.set()
+        bodies = {b"".join(frames((await task).body)) for task in tasks}
+        assert (len(bodies), word.seen.requests) == (1, 1)
+
+
+async def test_an_attempt_that_was_refused_may_be_made_again_elsewhere(redis: RedisServer) -> None:
+    refusals = [400, 200]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if refusals.pop(0) == 400:
+            return web.json_response({"error": {"message": "no"}}, status=400)
+        return await saying(*chunks.answer_of(["Hello"]))(request)
+
+    app, _ = engine_app(answer)
+    async with replicas(app, redis) as both:
+        headers = {"Idempotency-Key": "k-1"}
+        assert (await both.callers[0].stream(headers=headers)).status == 400
+        await asyncio.sleep(1.1)
+        assert (await both.callers[1].stream(headers=headers)).text() == "Hello"
+
+
+# --- A replica dies -------------------------------------------------------------------------------------
+
+
+async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis, 3) as three, begun(three.callers[0], chat(**LINGER)) as (response, seen):
+        stream_id = response.headers["X-Stream-Id"]
+        had = frames(bytes(seen))
+        waiting = asyncio.create_task(resumed(three.callers[1], stream_id, len(had)))
+        await three.kill(0)
+        rest = await waiting
+        log = parse_log(b"".join(had) + b"".join(frames(rest.body)))
+        assert verify(log) == []
+        [error] = [event for event in log if event["type"] == "error"]
+        assert (error["code"], error["retryable"], error["origin"]) == ("replica_lost", True, "proxy")
+        assert log[-1]["status"] == "failed"
+        assert [event["estimated"] for event in log if event["type"] == "usage"] == [True]
+        again = await resumed(three.callers[2], stream_id, len(had))
+        assert frames(again.body) == frames(rest.body)
+
+
+async def test_the_dead_replica_that_lives_is_cut_off(redis: RedisServer) -> None:
+    """A process that was stopped for longer than its lease: what it says then is not said to anybody."""
+    word = Word()
+    async with replicas(word.app, redis) as both:
+        async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
+            stream_id = response.headers["X-Stream-Id"]
+            await stopped([both.store(0).tasks["beat"]])
+            rest = await resumed(both.callers[1], stream_id, len(frames(bytes(seen))))
+            word.may_go_on.set()
+            with pytest.raises(ClientPayloadError):
+                await asyncio.wait_for(response.content.read(), 5)
+        await until(lambda: both.sidecars[0].server.open_streams == 0)
+        log = parse_log(b"".join(frames(bytes(seen)) + frames(rest.body)))
+        assert verify(log) == []
+        assert (await resumed(both.callers[0], stream_id, len(frames(bytes(seen))))).body.count(b"replica_lost") == 1
+
+
+async def test_a_waiting_retry_is_refused_when_the_replica_dies_before_its_first_byte(redis: RedisServer) -> None:
+    async def silent(request: web.Request) -> web.StreamResponse:
+        await asyncio.get_running_loop().create_future()
+        return web.Response()
+
+    app, seen = engine_app(silent)
+    async with replicas(app, redis) as both:
+        headers = {"Accept": FOLDED, "Idempotency-Key": "k-1"}
+        first = asyncio.create_task(both.callers[0].post(STREAMS, chat(), headers))
+        await until(lambda: seen.open == 1)
+        again = asyncio.create_task(both.callers[1].post(STREAMS, chat(), headers))
+        await asyncio.sleep(0.2)
+        await both.kill(0)
+        answer = await again
+        assert (answer.status, answer.error["code"]) == (502, "replica_lost")
+        first.cancel()
+
+
+# --- Redis dies -----------------------------------------------------------------------------------------
+
+
+async def test_without_redis_a_stream_goes_on_and_says_what_it_lost(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+        await redis.kill()
+        word.may_go_on.set()
+        log = parse_log(bytes(seen) + await response.read())
+        assert verify(log) == []
+        assert log[-1]["status"] == "completed"
+        assert [event["code"] for event in log if event["type"] == "warning"] == ["resume_lost"]
+        stream_id = response.headers["X-Stream-Id"]
+        here, there = [await resumed(caller, stream_id) for caller in both.callers]
+        assert (here.status, parse_log(here.body)) == (200, log)
+        assert (there.status, there.error["code"]) == (503, "store_lost")
+        alone = await both.callers[0].stream()
+        assert [event["code"] for event in alone.events if event["type"] == "warning"] == ["resume_lost"]
+        await redis.start()
+
+
+async def test_without_redis_a_stream_ends_where_it_must_be_resumable(redis: RedisServer) -> None:
+    word = Word()
+    async with (
+        replicas(word.app, redis, store__on_failure="end") as both,
+        begun(both.callers[0], chat()) as (response, seen),
+    ):
+        await redis.kill()
+        word.may_go_on.set()
+        log = parse_log(bytes(seen) + await response.read())
+        assert verify(log) == []
+        assert [event["code"] for event in log if event["type"] == "error"] == ["store_lost"]
+        await until(lambda: word.seen.open == 0)
+        refused = await both.callers[0].stream()
+        assert (refused.status, refused.error["code"], refused.headers["Retry-After"]) == (503, "store_lost", "1")
+        await redis.start()
+
+        async def serves_again() -> bool:
+            return (await both.callers[0].stream()).status == 200
+
+        await until(serves_again)
