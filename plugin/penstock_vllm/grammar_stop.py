@@ -274,7 +274,11 @@ class _Value:
     def __init__(self, ends: Ends, manager: Any, request: Any) -> None:
         self._ends = ends
         self._backend = manager
-        gated = manager.reasoner_cls is not None and not manager.enable_in_reasoning
+        gated = (
+            manager.reasoner_cls is not None
+            and not manager.enable_in_reasoning
+            and request.structured_output_request.reasoning_ended is not True
+        )
         # The first token of the value: known from the start only where no reasoning comes before it.
         self._from: range | None = None if gated else range(1)
         self._readings: dict[int, Reading] | None = None
@@ -309,9 +313,13 @@ class _Value:
         if self._from is None:
             if not request.structured_output_request.reasoning_ended:
                 return False
-            # The token that ended the reasoning may be the first of the value, or the one before.
-            last = request.num_output_tokens - 1
-            self._from = range(last, last + 2)
+            processed = getattr(request.structured_output_request.grammar, "num_processed_tokens", None)
+            if processed is not None:
+                start = request.num_output_tokens - processed
+                self._from = range(start, start + 1)
+            else:  # guidance does not count; the token that ended the reasoning may be the value's first, or not
+                last = request.num_output_tokens - 1
+                self._from = range(last, last + 2)
         return True
 
     def _is_over(self, request: Any) -> bool:
