@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 ENGINE_VENV := .venv-vllm
 VLLM_VERSION ?= 0.32.0
 ENGINE ?= replay
+FUZZ_SECONDS ?= 120
 
 .PHONY: help demo test servers check lint types imports soak bench engine clean
 
@@ -43,7 +44,10 @@ imports: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 soak: servers $(VENV)/.installed-test engine
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/properties tests/end_to_end -m "soak or not soak"
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/properties tests/end_to_end tests/fuzz tests/shell/test_ledgers.py -m "soak or not soak"
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	cd tests && for border in fuzz/corpus/*; do \
+	  ../$(BIN)/python -m fuzz.coverage_guided $$(basename $$border) $(FUZZ_SECONDS) || exit 1; done
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/cpu_per_token.py

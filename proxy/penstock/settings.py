@@ -346,8 +346,22 @@ def load_settings(
 
     Raises `SettingsError`.
     """
-    merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    try:
+        return Settings.model_validate(_merged(config, environment, flags, sources))
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentences(error, sources))) from None
+    except RecursionError:
+        raise SettingsError("the settings are nested too deeply, or a part holds itself by a YAML alias") from None
+
+
+def _merged(
+    config: Path | None,
+    environment: Mapping[str, str] | None,
+    flags: Mapping[str, Any] | None,
+    sources: dict[str, str],
+) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
     if config is not None:
         _merge(merged, _read_file(config), sources, str(config))
     for name, path, value in _variables(os.environ if environment is None else environment):
@@ -355,10 +369,7 @@ def load_settings(
     for key, value in (flags or {}).items():
         if value is not None:
             _merge(merged, _nested(key.split("."), value), sources, f"--{key.split('.')[-1].replace('_', '-')}")
-    try:
-        return Settings.model_validate(merged)
-    except ValidationError as error:
-        raise SettingsError("\n".join(_sentences(error, sources))) from None
+    return merged
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -366,7 +377,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); give an existing file to --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits, a date that is none, no UTF-8
         raise SettingsError(f"{path}: is not YAML: {error}") from None
     if not isinstance(loaded, dict | None):
         raise SettingsError(f"{path}: must hold a mapping of settings, like `listen: {{port: 8080}}`")
@@ -380,7 +391,7 @@ def _variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str],
         if name.startswith(_PREFIX) and path[0] in Settings.model_fields:
             try:
                 yield name, path, yaml.safe_load(environment[name])
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError) as error:
                 raise SettingsError(f"{name}: {environment[name]!r} cannot be read: {error}") from None
 
 

@@ -34,6 +34,7 @@ INSTALLATIONS: dict[str, Values] = {
     "minimal": MINIMAL,
     "own secret": UPSTREAM | {"auth": {"existingSecret": "callers", "existingSecretKey": "keys"}},
     "anonymous": UPSTREAM | {"auth": {"allowAnonymous": True}},
+    "https": UPSTREAM | {"tls": {"existingSecret": "front", "clientCertificates": True}},
     "everything": with_values(
         {
             "replicaCount": 3,
@@ -96,6 +97,10 @@ def test_every_object_carries_the_release_in_its_name_and_namespace() -> None:
         ({"auth": {"keys": {"alice": "a-plain-key"}}}, "/auth/keys/alice"),
         ({"auth": {"keys": {"alice": KEY_HASH.upper()}}}, "/auth/keys/alice"),
         ({"auth": {"keys": {"two words": KEY_HASH}}}, "two words"),
+        ({"auth": {"keys": {"alice": f"{KEY_HASH} gold"}}}, "/auth/keys/alice"),
+        ({"cors": {"origins": ["https://app.example/"]}}, "/cors/origins/0"),
+        ({"limits": {"without_store": "open"}}, "/limits/without_store"),
+        ({"tls": {"cert": "x"}}, "additional properties 'cert' not allowed"),
         ({"otel": {"endpoint": "collector:4317"}}, "/otel/endpoint"),
         ({"extraEnv": [{"name": "A", "value": 1}]}, "/extraEnv/0/value"),
         ({"replicas": 2}, "additional properties 'replicas' not allowed"),
@@ -121,6 +126,7 @@ def test_upstream_url_is_required() -> None:
             "auth.keys and auth.existingSecret are both set",
         ),
         (with_values({"config": {"listen": {"port": 9000}}}), "config.listen: the chart sets it itself"),
+        (with_values({"tls": {"clientCertificates": True}}), "tls.clientCertificates needs tls.existingSecret"),
         (
             with_values({"config": {"auth": {"allow_anonymous": True}}}),
             "config.auth: the chart sets it itself",
@@ -265,7 +271,7 @@ def _mounted_keys(documents: list[dict[str, Any]]) -> tuple[str, str, str]:
     [
         {"limits": {"stream_seconds": 60}},
         {"config": {"store": {"url": "redis://r"}}},
-        {"auth": {"keys": {"bob": KEY_HASH}}},
+        {"auth": {"plans": {"gold": {"streams": 9}}}},
     ],
 )
 def test_a_changed_configuration_rolls_the_pods(changes: Values) -> None:
@@ -274,6 +280,44 @@ def test_a_changed_configuration_rolls_the_pods(changes: Values) -> None:
 
 def test_an_unchanged_configuration_leaves_the_pods_alone() -> None:
     assert _pod_annotations(with_values({"replicaCount": 5, "service": {"port": 80}})) == _pod_annotations(MINIMAL)
+
+
+def test_changed_keys_are_read_again_and_cut_no_stream() -> None:
+    assert _pod_annotations(with_values({"auth": {"keys": {"bob": KEY_HASH}}})) == _pod_annotations(MINIMAL)
+
+
+def test_plans_tokens_and_pages_come_from_the_values() -> None:
+    jwt = {"issuer": "i", "audience": "a", "jwks_url": "https://i/keys"}
+    values = UPSTREAM | {
+        "auth": {"jwt": jwt, "plans": {"gold": {"streams": 9}}},
+        "cors": {"origins": ["https://app.example"]},
+    }
+    settings = settings_of(render_chart(values))
+    assert settings["auth"] == {"allow_anonymous": False, "jwt": jwt, "plans": {"gold": {"streams": 9}}}
+    assert settings["listen"]["cors"] == {"origins": ["https://app.example"]}
+
+
+def test_https_in_the_pod_and_its_probes() -> None:
+    documents = render_chart(INSTALLATIONS["https"])
+    deployment = only(documents, "Deployment")
+    settings = settings_of(documents)
+    (secret,) = [volume["secret"] for volume in pod_of(deployment)["volumes"] if volume["name"] == "tls"]
+    (mount,) = [mount for mount in container_of(deployment)["volumeMounts"] if mount["name"] == "tls"]
+    assert secret["secretName"] == "front"
+    assert settings["listen"]["tls"] == {
+        "cert_file": f"{mount['mountPath']}/tls.crt",
+        "key_file": f"{mount['mountPath']}/tls.key",
+        "client_ca_file": f"{mount['mountPath']}/ca.crt",
+    }
+    probes = [probe for name, probe in container_of(deployment).items() if name.endswith("Probe")]
+    assert [probe["httpGet"]["scheme"] for probe in probes] == ["HTTPS"] * 3
+
+
+def test_the_shared_redis_comes_from_a_secret() -> None:
+    deployment = only(render_chart(with_values({"store": {"existingSecret": "redis"}})), "Deployment")
+    (variable,) = container_of(deployment)["env"]
+    assert variable["name"] == "PENSTOCK_STORE__URL"
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "url"}
 
 
 def _pod_annotations(values: Values) -> dict[str, str]:
@@ -318,6 +362,8 @@ def test_the_notes_warn_of_an_open_door() -> None:
 FREE_OBJECTS = {
     "/global",
     "/families",
+    "/auth/jwt",
+    "/auth/plans",
     "/config",
     "/extraEnv/[]/valueFrom",
     "/resources/requests",

@@ -51,6 +51,12 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
                 "families": {"planner": {"models": ["planner*"], "reasoning": {"open": "<p>", "close": "</p>"}}},
                 "timing": {"drain_seconds": 90, "first_byte_seconds": 0.5},
                 "config": {"limits": {"stream_seconds": 5}},
+                "auth": {
+                    "plans": {"gold": {"tokens_per_minute": 1000, "models": ["qwen*"]}},
+                    "jwt": {"issuer": "i", "audience": "a", "jwks_url": "https://i/keys", "plan_claim": "tier"},
+                    "keys": {"bob": "sha256:" + "a" * 64 + " plan=gold expires=2030-01-01T00:00:00Z"},
+                },
+                "cors": {"origins": ["https://app.example"]},
             }
         ),
     ],

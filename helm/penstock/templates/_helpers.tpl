@@ -36,7 +36,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if include "penstock.keysSecret" . -}}
 {{- $_ := set $auth "keys_file" "/etc/penstock/auth/keys.txt" -}}
 {{- end -}}
+{{- range $name := list "plans" "jwt" -}}
+{{- with get $.Values.auth $name -}}
+{{- $_ := set $auth $name . -}}
+{{- end -}}
+{{- end -}}
 {{- $listen := dict "host" "0.0.0.0" "port" (include "penstock.port" . | int) -}}
+{{- if .Values.tls.existingSecret -}}
+{{- $tls := dict "cert_file" "/etc/penstock/tls/tls.crt" "key_file" "/etc/penstock/tls/tls.key" -}}
+{{- if .Values.tls.clientCertificates -}}
+{{- $_ := set $tls "client_ca_file" "/etc/penstock/tls/ca.crt" -}}
+{{- end -}}
+{{- $_ := set $listen "tls" $tls -}}
+{{- end -}}
+{{- with .Values.cors.origins -}}
+{{- $_ := set $listen "cors" (dict "origins" .) -}}
+{{- end -}}
 {{- $settings := dict "listen" $listen "upstreams" (list .Values.upstream) "auth" $auth -}}
 {{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
@@ -54,12 +69,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if and .Values.auth.keys .Values.auth.existingSecret -}}
 {{- fail "auth.keys and auth.existingSecret are both set. Keep one: the chart mounts a single keys file." -}}
 {{- end -}}
-{{- if not (or .Values.auth.allowAnonymous (include "penstock.keysSecret" .)) -}}
+{{- if and .Values.tls.clientCertificates (not .Values.tls.existingSecret) -}}
+{{- fail "tls.clientCertificates needs tls.existingSecret, a Secret with tls.crt, tls.key and ca.crt." -}}
+{{- end -}}
+{{- if not (or .Values.auth.allowAnonymous .Values.auth.jwt .Values.tls.clientCertificates (include "penstock.keysSecret" .)) -}}
 {{- fail "auth: no API keys, so everybody who reaches the Service could use the engine. Make a key with 'penstock hash-key' and pass --set auth.keys.NAME=sha256:HEX; or name a Secret that holds such lines, --set auth.existingSecret=SECRET; or accept open access, --set auth.allowAnonymous=true." -}}
 {{- end -}}
 {{- range $owned := list "listen" "auth" -}}
 {{- if hasKey $.Values.config $owned -}}
-{{- fail (printf "config.%s: the chart sets it itself, since the Service, the probes and the mounted Secret depend on it. Use the values %s instead." $owned (get (dict "listen" "service.port" "auth" "auth.*") $owned)) -}}
+{{- fail (printf "config.%s: the chart sets it itself, since the Service, the probes and the mounted Secret depend on it. Use the values %s instead." $owned (get (dict "listen" "service.port, tls and cors" "auth" "auth.*") $owned)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
