@@ -11,6 +11,7 @@ from penstock.access_settings import Auth, Plan
 from penstock.core.errors import CallerError
 from penstock.settings import SettingsError
 from penstock.shell.auth import ANONYMOUS, Gatekeeper, Keyring, hash_key
+from penstock.shell.callers import Caller
 from support import chunks
 from support.http_client import Json, chat
 from support.sockets import raw_request, until
@@ -278,3 +279,17 @@ async def test_a_key_asks_only_for_its_models(tmp_path: Path) -> None:
             assert "the key of alice is not for the model 'tiny'; it may ask for qwen*" in refused.error["message"]
         assert seen.requests == 0
         assert (await setup.caller.stream(headers=bearer(ALICE), model="qwen3")).text() == "Hello"
+
+
+@pytest.mark.parametrize(("models", "seen"), [("*", ["tiny"]), ("ti*", ["tiny"]), ("qwen*", [])])
+async def test_a_key_sees_only_its_models(tmp_path: Path, models: str, seen: list[str]) -> None:
+    app, _ = engine_app(saying(*chunks.answer_of(["Hello"])))
+    async with in_front_of(app, auth__keys={"alice": f"{hash_key(ALICE)} models={models}"}) as setup:
+        listed = await setup.caller.get("/v1/models", bearer(ALICE))
+        assert [model["id"] for model in listed.json["data"]] == seen
+        assert listed.json["object"] == "list"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"data": 7}', b'{"data": [7]}', b'{"error": "no"}'])
+def test_what_is_no_list_of_models_stays_as_it_is(body: bytes) -> None:
+    assert Caller("alice", Plan(models=["qwen*"])).models_in(body) == body

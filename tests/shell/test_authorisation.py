@@ -18,8 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from penstock.shell.auth import OPEN_ROUTES, hash_key
 from support import chunks
-from support.http_client import FOLDED, NDJSON, SSE, Answer, chat, whole
+from support.http_client import FOLDED, NDJSON, SSE, Answer, calling, chat, whole
 from support.issuer import Issuer, issuing
+from support.redis_server import redis_server
+from support.sidecar import sidecar
 from support.sockets import until
 from support.upstreams import Seen, Setup, engine_app, in_front_of, opened, silence
 
@@ -215,4 +217,29 @@ async def test_who_owns_a_stream_reaches_it_by_every_route(deployment: Deploymen
                 assert own.status < 300, (route, own.body)
                 assert unknown.status == 404, (route, unknown.body)
         assert (await caller.delete(stream_id, alice)).status == 204
+        assert b'"status":"cancelled"' in await response.content.read()
+
+
+async def test_on_every_other_replica_it_is_the_same(tmp_path: Path) -> None:
+    """Two replicas over one Redis: the owner finds its stream at the other one, and nobody else does."""
+    keys = {name: hash_key(KEYS[name]) for name in ("alice", "bob")}
+    app, seen = engine_app(one_word)
+    async with (
+        issuing() as issuer,
+        redis_server(tmp_path) as redis,
+        in_front_of(app, auth__keys=keys, auth__jwt=issuer.settings(), store__url=redis.url) as here,
+        sidecar(here.engine_url, auth__keys=keys, auth__jwt=issuer.settings(), store__url=redis.url) as elsewhere,
+        calling(elsewhere.url) as caller,
+        here.caller.opened("/v1/streams", chat(), bearer(KEYS["alice"])) as response,
+    ):
+        await response.content.readuntil(b"Hello")
+        stream_id = response.headers["X-Stream-Id"]
+        other = Deployment(Setup(caller, elsewhere, here.engine_url), seen, issuer)
+        for route in other.routes():
+            if route.of_a_stream:
+                await _looks_unknown(other, route, stream_id)
+                if route.method != "DELETE":
+                    assert (await other.ask(route, stream_id, bearer(KEYS["alice"]))).status < 300, route
+        assert seen.open == 1
+        assert (await caller.delete(stream_id, bearer(KEYS["alice"]))).status == 204
         assert b'"status":"cancelled"' in await response.content.read()

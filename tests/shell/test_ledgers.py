@@ -259,3 +259,12 @@ async def test_a_request_that_is_asked_for_twice_is_counted_once(ledger: tuple[L
     await book.settle(asked, 10)
     other = entry(asked.caller, "st_y", 40, quota=50)
     assert (await book.admit(other)).quota_used == 50
+
+
+async def test_two_deployments_may_share_one_redis(redis: RedisServer) -> None:
+    caller = next(_callers)
+    client = connected(redis.url, 5)
+    one, other = RedisLedger(client), RedisLedger(client, prefix="blue")
+    assert (await one.admit(entry(caller, "st_a", 40, quota=50))).quota_used == 40
+    assert (await other.admit(entry(caller, "st_b", 40, quota=50))).quota_used == 40
+    await client.aclose()

@@ -21,9 +21,6 @@ _log = logging.getLogger("penstock")
 
 # What a token of text is long, in bytes, when nobody has counted: about right for English, too few for most others.
 _BYTES_A_TOKEN = 4
-# How long Redis may take: a request waits for its limits, nobody waits for a record.
-_LIMITS_SECONDS = 0.5
-_RECORDS_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -54,7 +51,7 @@ class Books:
     async def opened(cls, settings: Settings) -> AsyncIterator["Books"]:
         """While the block runs they are kept; leaving it writes what waits. Raises `SettingsError`."""
         url = settings.store.url.get_secret_value() if settings.store.url is not None else None
-        shared = RedisLedger(_redis(url, _LIMITS_SECONDS)) if url else None
+        shared = RedisLedger(_redis(settings, url), prefix=settings.store.prefix) if url else None
         limits = RateLimits(shared, settings.limits.without_store, reserve_tokens=settings.limits.reserve_tokens)
         records = UsageRecords(settings.usage, await asyncio.to_thread(_sinks, settings, url))
         tasks = [asyncio.create_task(work) for work in (records.keep_up(), limits.keep_up())]
@@ -103,15 +100,15 @@ def _sinks(settings: Settings, url: str | None) -> list[Sink]:
     if usage.file is not None:
         sinks.append(FileSink.checked(usage.file))
     if usage.redis_stream is not None and url:
-        sinks.append(RedisSink(_redis(url, _RECORDS_SECONDS), usage.redis_stream, usage.redis_stream_records))
+        sinks.append(RedisSink(_redis(settings, url), usage.redis_stream, usage.redis_stream_records))
     if usage.otlp:
         sinks.append(OtlpSink(logger_provider(os.environ)))
     return sinks
 
 
-def _redis(url: str, seconds: float) -> Any:
+def _redis(settings: Settings, url: str) -> Any:
     try:
-        return connected(url, seconds)
+        return connected(url, settings.store.timeout_seconds)
     except ImportError:
         raise SettingsError("store.url: needs the extra `redis`: pip install 'penstock[redis]'") from None
     except ValueError as error:

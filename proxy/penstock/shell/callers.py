@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import orjson
+
 from penstock.access_settings import Plan
 from penstock.core.errors import CallerError
 
@@ -16,6 +18,17 @@ class Caller:
 
     def may_ask(self, model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in self.plan.models)
+
+    def models_in(self, listed: bytes) -> bytes:
+        """A list of models without those that this caller may not ask for; the same bytes where it may all."""
+        if "*" in self.plan.models:
+            return listed
+        try:
+            answer = orjson.loads(listed)
+            answer["data"] = [model for model in answer["data"] if self.may_ask(str(model["id"]))]
+        except (ValueError, KeyError, TypeError):  # an error page, or no list at all
+            return listed
+        return orjson.dumps(answer)
 
 
 def challenged(code: str, message: str, error: str | None = None, *, status: int = 401) -> CallerError:

@@ -17,6 +17,7 @@ Refusal = Literal["", "streams", "requests", "tokens", "quota"]
 LEASE_SECONDS = 60.0
 # Callers that this process remembers; of more, those that were not seen for longest are forgotten.
 _MOST_CALLERS = 100_000
+_CONNECTIONS = 4
 # Settled late, a stream must still be found; no stream lives as long.
 _SECONDS_KEPT = 86_400
 
@@ -233,8 +234,9 @@ return {refused, string.format('%.17g', wait), string.format('%.17g', requests),
 class RedisLedger:
     """Shared by every replica that uses the same Redis. Raises what the client raises; every call is one round trip."""
 
-    def __init__(self, client: Any, clock: Clock | None = None) -> None:
+    def __init__(self, client: Any, clock: Clock | None = None, *, prefix: str = "penstock") -> None:
         self._client = client
+        self._prefix = prefix
         self._clock = clock  # a test's; Redis's own otherwise
         self._script = client.register_script(_SCRIPT)
 
@@ -254,7 +256,7 @@ class RedisLedger:
         until = seconds + microseconds / 1e6 + LEASE_SECONDS
         async with self._client.pipeline(transaction=False) as pipeline:
             for entry in entries:
-                pipeline.zadd(_keys(entry)[2], {entry.stream_id: until}, xx=True)
+                pipeline.zadd(self._keys(entry)[2], {entry.stream_id: until}, xx=True)
             await pipeline.execute()
 
     async def close(self) -> None:
@@ -264,25 +266,33 @@ class RedisLedger:
         now = -1.0 if self._clock is None else self._clock()
         arguments = [what, now, entry.stream_id, entry.reserved, entry.requests, entry.tokens, entry.streams]
         arguments += [entry.quota, entry.period_ends, LEASE_SECONDS, _SECONDS_KEPT, billed]
-        answer: Awaitable[Any] = self._script(keys=_keys(entry), args=arguments)
+        answer: Awaitable[Any] = self._script(keys=self._keys(entry), args=arguments)
         return await answer
 
-
-def _keys(entry: Entry) -> list[str]:
-    """The braces put all keys of a caller into one slot of a Redis cluster; a name cannot hold any, being quoted."""
-    at = f"penstock:{{{quote(entry.caller, safe='')}}}"
-    return [f"{at}:buckets", f"{at}:quota:{entry.period}", f"{at}:open"]
+    def _keys(self, entry: Entry) -> list[str]:
+        """The braces put all keys of a caller into one slot of a cluster; a name cannot hold any, being quoted."""
+        at = f"{self._prefix}:{{{quote(entry.caller, safe='')}}}"
+        return [f"{at}:buckets", f"{at}:quota:{entry.period}", f"{at}:open"]
 
 
 def connected(url: str, seconds: float) -> Any:
     """A client of redis-py that waits no longer than `seconds` for an answer, and asks twice if a connection broke.
 
-    Raises `ImportError` where the extra `redis` is not installed, `ValueError` for a URL that is none.
+    It has few connections and its callers queue for them: a connection for each of sixty requests at once took
+    longer than their time-out, and a Redis that was well was taken for gone. Raises `ImportError` where the extra
+    `redis` is not installed, `ValueError` for a URL that is none.
     """
-    from redis.asyncio import Redis
+    from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import ConnectionError as Broken
 
-    retry = Retry(NoBackoff(), 1, supported_errors=(Broken,))
-    return Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry)
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=_CONNECTIONS,
+        timeout=seconds,
+        socket_timeout=seconds,
+        socket_connect_timeout=seconds,
+        retry=Retry(NoBackoff(), 1, supported_errors=(Broken,)),
+    )
+    return Redis.from_pool(pool)

@@ -346,7 +346,7 @@ class Server:
             raise no_engine()
         headers = self._passed_authorization(http, member.engine)
         status, content_type, body = await member.engine.get("v1/models", headers)
-        return web.Response(status=status, body=body, content_type=content_type)
+        return web.Response(status=status, body=caller_of(http).models_in(body), content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:
         return web.Response(body=_SCHEMA, content_type="application/schema+json")
