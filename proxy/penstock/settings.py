@@ -20,6 +20,7 @@ from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 from penstock.core.pacing import Measure, SlowClient
 from penstock.moderation_settings import ModerationSettings
+from penstock.tool_settings import Annotations, Tools
 
 _PREFIX = "PENSTOCK_"
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
@@ -274,6 +275,8 @@ class Settings(_Part):
     )
     moderation: ModerationSettings = Field(ModerationSettings(), description="rules that every answer is held against")
     timing: Timing = Field(Timing(), description="times, in seconds")
+    tools: Tools = Field(Tools(), description="tool calls")
+    annotations: Annotations = Field(Annotations(), description="notes beside the text")
     routing: Routing = Field(Routing(), description="which of several engines answers")
     store: StoreSettings = Field(
         StoreSettings(), description="the logs that streams are resumed from, and what replicas share"

@@ -15,6 +15,7 @@ from penstock.core.dialects import NO_EXT, Dialect, Ext
 from penstock.core.dialects.native import NativeFolded, NativeNdjson, NativeSse, refusal, type_and_fields
 from penstock.core.errors import CallerError, EngineError, Overloaded
 from penstock.core.events import (
+    Annotation,
     BlockEnded,
     BlockStarted,
     Channel,
@@ -25,10 +26,14 @@ from penstock.core.events import (
     Role,
     StreamEnded,
     StreamStarted,
+    Structured,
     Text,
     ToolArguments,
+    ToolDenied,
     ToolEnded,
+    ToolProgress,
     ToolReady,
+    ToolResult,
     ToolStarted,
     Usage,
     Warned,
@@ -108,6 +113,39 @@ SPELLINGS: list[tuple[ClientEvent, str, dict[str, Any]]] = [
         {"choice": 1, "block": 2, "call_id": "c1", "arguments": "{", "valid": False, "problem": "cut"}
         | {"status": "incomplete"},
     ),
+    (
+        ToolDenied(1, "c1", "pay", "no-money", "not here", 2),
+        "tool_call.denied",
+        {"choice": 1, "block": 2, "call_id": "c1", "name": "pay", "rule": "no-money", "reason": "not here"},
+    ),
+    (
+        ToolProgress(1, "c1", "find", "retrying", 2, 2),
+        "tool_call.progress",
+        {"choice": 1, "block": 2, "call_id": "c1", "name": "find", "status": "retrying", "attempt": 2},
+    ),
+    (
+        ToolResult(1, "c1", "find", ok=True, size=2, duration_ms=5, content="ok", block=2),
+        "tool_call.result",
+        {"choice": 1, "block": 2, "call_id": "c1", "name": "find", "ok": True, "bytes": 2, "duration_ms": 5}
+        | {"content": "ok"},
+    ),
+    (
+        ToolResult(1, "c1", "find", ok=False, size=0, duration_ms=5, problem="gone", block=2),
+        "tool_call.result",
+        {"choice": 1, "block": 2, "call_id": "c1", "name": "find", "ok": False, "bytes": 0, "duration_ms": 5}
+        | {"problem": "gone"},
+    ),
+    (
+        Structured(1, '{"a":[1]}', "thing", 3),
+        "structured",
+        {"choice": 1, "value": {"a": [1]}, "schema_name": "thing", "section": 3},
+    ),
+    (
+        Annotation("citation", {"marker": "[1]"}, 1, {"block": 0, "offset": 2}),
+        "annotation",
+        {"kind": "citation", "data": {"marker": "[1]"}, "choice": 1, "anchor": {"block": 0, "offset": 2}},
+    ),
+    (Annotation("status", {}), "annotation", {"kind": "status", "data": {}}),
     (
         Usage(**COUNTS, estimated=True, sizes=SIZES, final=False, engine_fields={"total_tokens": 4}),
         "usage",

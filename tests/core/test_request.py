@@ -59,7 +59,11 @@ def test_a_body_that_is_no_request(data: bytes, code: str, param: str | None, me
     [
         ([], "penstock", "must be an object"),
         (None, "penstock", "must be an object"),
-        ({"stops": ["x"]}, "penstock.stops", "the options are family, include_stop, on_disconnect, reasoning, stop"),
+        (
+            {"stops": ["x"]},
+            "penstock.stops",
+            "the options are annotations, family, include_stop, on_disconnect",
+        ),
         ({"reasoning": "shown"}, "penstock.reasoning", "is 'shown'; it must be one of separate, hide, inline"),
         ({"reasoning": []}, "penstock.reasoning", "it must be one of separate, hide, inline"),
         ({"family": 5}, "penstock.family", "must be the name of a model family"),
@@ -199,6 +203,9 @@ def test_a_bare_request() -> None:
         on_disconnect=None,
         text_bytes=0,
         wants_json=False,
+        tool_release=None,
+        structured=None,
+        citations=True,
         needs_engine_text=None,
     )
 

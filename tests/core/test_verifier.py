@@ -149,7 +149,7 @@ def test_a_log_is_judged_while_it_runs() -> None:
 
 def test_unknown_types_and_fields_are_passed_over() -> None:
     log = rich_log()
-    log[7:7] = [event("pause", 0, 1, action="later"), event("annotation", "any", kind="source")]
+    log[7:7] = [event("pause", 0, 1, action="later"), event("mood", "any", kind="source")]
     log[1]["mood"] = {"new": True}
     assert verify(renumber(log)) == []
 

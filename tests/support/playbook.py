@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from penstock.core import sse
 from penstock.core.channels import ReasoningPolicy
+from penstock.core.citations import CitationPattern
 from penstock.core.commands import (
     AbortEngine,
     Close,
@@ -29,6 +30,7 @@ from penstock.core.commands import (
 from penstock.core.dialects import Dialect
 from penstock.core.dialects.native import NativeFolded, NativeNdjson, NativeSse
 from penstock.core.dialects.openai_chat import ChatStream, ChatWhole
+from penstock.core.dialects.tool_release import ReleasedCalls
 from penstock.core.errors import EngineError
 from penstock.core.events import Usage
 from penstock.core.exchange import Bounds, Exchange, Setting
@@ -37,7 +39,9 @@ from penstock.core.pacing import SlowClient
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
 from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal, TakenOver
+from penstock.core.tool_policy import ToolRule
 from penstock.core.verifier import Verifier, verify
+from penstock.core.wishes import ToolRelease
 from support.chunks import MODEL
 
 Json = dict[str, Any]
@@ -173,6 +177,9 @@ def open_exchange(
     is_logged: bool = True,
     outlives_client: bool = False,
     policy: Policy | None = None,
+    tool_rules: Sequence[ToolRule] = (),
+    citations: Sequence[CitationPattern] = (),
+    release: ToolRelease | None = None,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
@@ -194,8 +201,11 @@ def open_exchange(
         is_logged=is_logged,
         outlives_client=outlives_client,
         policy=policy,
+        tool_rules=tool_rules,
+        citations=citations,
     )
-    return Exchange(request, setting, spelling(dialect, request))
+    spell = spelling(dialect, request)
+    return Exchange(request, setting, lambda usage: ReleasedCalls(spell(usage), release) if release else spell(usage))
 
 
 def spelling(dialect: DialectName, request: StreamRequest) -> Callable[[Callable[[int], tuple[int, int]]], Dialect]:

@@ -35,6 +35,7 @@ _PLAIN: Final = {
     Path: "path",
     SecretStr: "text",
     type(None): "nothing",
+    Any: "anything",
 }
 
 

@@ -1,6 +1,7 @@
 """Numbers the blocks of each choice and keeps their order: role first, one text block open, every block closed."""
 
 from penstock.core.events import (
+    Annotation,
     BlockEnded,
     BlockStarted,
     BlockStatus,
@@ -9,10 +10,14 @@ from penstock.core.events import (
     Finished,
     Moderated,
     Role,
+    Structured,
     Text,
     ToolArguments,
+    ToolDenied,
     ToolEnded,
+    ToolProgress,
     ToolReady,
+    ToolResult,
     ToolStarted,
     utf8_size,
 )
@@ -47,7 +52,12 @@ class Blocks:
                     self._choice(item.choice).tool_started(item, out)
                 case ToolArguments():
                     self._choice(item.choice).arguments(item, out)
-                case ToolReady() | ToolEnded():
+                case Structured():
+                    self._choice(item.choice).close_text(out)
+                    out.append(item)
+                case Annotation(inline=True, choice=int() as choice):
+                    self._choice(choice).anchor(item, out)
+                case ToolReady() | ToolEnded() | ToolDenied() | ToolProgress() | ToolResult():
                     item.block = self._choice(item.choice).block_of(item.call_id)
                     out.append(item)
                 case Moderated():
@@ -88,6 +98,7 @@ class _ChoiceBlocks:
         self._tokens = 0
         self._tools: dict[str, int] = {}
         self._argument_chars: dict[str, int] = {}
+        self._section = 0
 
     def speak(self, item: Role | None, out: list[Event]) -> None:
         """A role once, before all blocks; an engine that names none speaks as the assistant."""
@@ -96,13 +107,27 @@ class _ChoiceBlocks:
             out.append(item or Role(self._choice, "assistant"))
 
     def text(self, item: Text, out: list[Event]) -> None:
-        if self._open is not item.channel:
+        if self._open is not item.channel or self._section != item.section:
             self._start(item.channel, out)
+            self._section = item.section
         item.block = self._text_block
         self._size += utf8_size(item.text)
         self._chars += len(item.text)
         self._tokens += item.tokens
         out.append(item)
+
+    def anchor(self, item: Annotation, out: list[Event]) -> None:
+        """A citation stands where the text of its block has come to; it may be the first thing in it."""
+        if self._open is not Channel.ANSWER:
+            self._start(Channel.ANSWER, out)
+        place = {"choice": self._choice, "block": self._text_block, "offset": self._chars}
+        item.anchor = {**place, "length": item.length}
+        out.append(item)
+
+    def close_text(self, out: list[Event]) -> None:
+        """A final value follows the text that it was read from; the next text is another block."""
+        self.speak(None, out)
+        self._close("complete", out)
 
     def tool_started(self, item: ToolStarted, out: list[Event]) -> None:
         self.speak(None, out)

@@ -6,9 +6,10 @@ there on its text is answer.
 """
 
 import re
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 from penstock.core.events import Channel, Event, Finished, Text, ToolDelta, ToolMarkup, Withheld
+from penstock.core.extras import Extras
 from penstock.core.families import Family, State
 
 ReasoningPolicy = Literal["separate", "hide", "inline"]
@@ -61,40 +62,6 @@ class Channels:
         return found
 
 
-class _Extras:
-    """Tokens, logprobs and token ids whose text is held or was a marker: they go with what comes next."""
-
-    __slots__ = ("logprobs", "token_ids", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.logprobs: list[Any] | None = None
-        self.token_ids: list[int] | None = None
-
-    def keep(self, item: Text) -> None:
-        self.tokens += item.tokens
-        if item.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + item.logprobs
-        if item.token_ids is not None:
-            self.token_ids = (self.token_ids or []) + item.token_ids
-
-    def take_tokens(self) -> int:
-        tokens, self.tokens = self.tokens, 0
-        return tokens
-
-    def forget(self) -> None:
-        """Of hidden text no trace is left to read in what comes next; its tokens were counted."""
-        self.logprobs = self.token_ids = None
-
-    def give(self, item: Text | Finished) -> None:
-        item.tokens += self.tokens
-        self.tokens = 0
-        if self.logprobs is not None:
-            item.logprobs, self.logprobs = self.logprobs + (item.logprobs or []), None
-        if self.token_ids is not None:
-            item.token_ids, self.token_ids = self.token_ids + (item.token_ids or []), None
-
-
 class _ChoiceChannels:
     def __init__(self, choice: int, family: Family, start: str, policy: ReasoningPolicy) -> None:
         self._choice = choice
@@ -103,7 +70,7 @@ class _ChoiceChannels:
         self._state: State = family.states[start]
         self._held = ""
         self._header = ""
-        self._extras = _Extras()
+        self._extras = Extras()
         self._engine_splits = False
         self._inline_open = False
 

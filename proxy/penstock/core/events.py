@@ -80,7 +80,8 @@ class Text:
 
     `tokens` is how many tokens it cost, 0 where the engine did not say; `logprobs` the entries that the engine
     gave for them. `added` is text that the model did not write (the marks of inlined reasoning), `inlined` the
-    reasoning between them, which is shown as answer and counted as reasoning.
+    reasoning between them, which is shown as answer and counted as reasoning. `section` counts the delimited sections
+    of the answer and what stands between them, each a block of its own.
     """
 
     choice: int
@@ -93,6 +94,7 @@ class Text:
     added: bool = False
     inlined: bool = False
     block: int = 0
+    section: int = 0
 
 
 @dataclass(slots=True)
@@ -144,11 +146,14 @@ class ToolMarkup:
 
 @dataclass(slots=True)
 class ToolStarted:
+    """`denied` tells those who must leave a denied call out from its start; the event that says why follows."""
+
     choice: int
     call_id: str
     index: int
     name: str
     block: int = 0
+    denied: bool = False
 
 
 @dataclass(slots=True)
@@ -183,6 +188,71 @@ class ToolEnded:
     problem: str | None
     status: BlockStatus
     block: int = 0
+
+
+@dataclass(slots=True)
+class ToolDenied:
+    """Policy says no: the call never becomes ready. `rule` names the rule, `reason` is a sentence for people."""
+
+    choice: int
+    call_id: str
+    name: str
+    rule: str
+    reason: str
+    block: int = 0
+
+
+@dataclass(slots=True)
+class ToolProgress:
+    """Penstock runs the call. `attempt` counts from 1."""
+
+    choice: int
+    call_id: str
+    name: str
+    status: Literal["running", "retrying"]
+    attempt: int
+    block: int = 0
+
+
+@dataclass(slots=True)
+class ToolResult:
+    """What came of a call that Penstock ran. `size` is in UTF-8 bytes; `content` is set where it is shown."""
+
+    choice: int
+    call_id: str
+    name: str
+    ok: bool
+    size: int
+    duration_ms: int
+    problem: str | None = None
+    content: str | None = None
+    block: int = 0
+
+
+@dataclass(slots=True)
+class Structured:
+    """A value that is whole and valid; `value` is its JSON. `section` counts the delimited sections of a choice."""
+
+    choice: int
+    value: str
+    schema_name: str | None = None
+    section: int | None = None
+
+
+@dataclass(slots=True)
+class Annotation:
+    """A note beside the text: a citation found in it, or what a backend adds.
+
+    `inline` is one that was found in the text; it gets its anchor where its block is known. `length` is that of the
+    marker, where it was left in the text.
+    """
+
+    kind: str
+    data: Ext
+    choice: int | None = None
+    anchor: Ext | None = None
+    inline: bool = False
+    length: int = 0
 
 
 @dataclass(slots=True)
@@ -325,6 +395,11 @@ Event = (
     | ToolArguments
     | ToolReady
     | ToolEnded
+    | ToolDenied
+    | ToolProgress
+    | ToolResult
+    | Structured
+    | Annotation
     | Withheld
     | Moderated
     | Finished
@@ -347,6 +422,11 @@ ClientEvent = (
     | ToolArguments
     | ToolReady
     | ToolEnded
+    | ToolDenied
+    | ToolProgress
+    | ToolResult
+    | Structured
+    | Annotation
     | Usage
     | Moderated
     | Finished

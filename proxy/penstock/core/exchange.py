@@ -1,13 +1,14 @@
 """THE JOURNEY: one request, from the engine's bytes to the client's, and its single ending.
 
-    engine bytes -> reader -> channels -> stop strings -> tools -> moderation -> accounting -> blocks
-                 -> pacing -> numbered and spelled in the client's dialect -> client bytes
+    engine bytes -> reader -> channels -> stop strings -> tools -> policy -> citations -> moderation
+                 -> final values -> accounting -> blocks -> pacing -> numbered and spelled in the client's dialect
+                 -> client bytes
 
 The shell tells it signals and carries out its commands, in their order. Nothing else knows the order of the
 steps, and no two steps know each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never, cast
@@ -15,6 +16,7 @@ from typing import Any, assert_never, cast
 from penstock.core.accounting import Accounting, size_of
 from penstock.core.blocks import Blocks
 from penstock.core.channels import Channels, ReasoningPolicy
+from penstock.core.citations import CitationPattern, Citations
 from penstock.core.commands import (
     AbortEngine,
     AskEngineHealth,
@@ -32,10 +34,11 @@ from penstock.core.commands import (
     TryAnotherEngine,
     WakeAt,
 )
-from penstock.core.dialects import NO_EXT, Dialect, Ext
+from penstock.core.dialects import NO_EXT, Ext, Spelling
 from penstock.core.engine_stream import ChatReader, refusal_message
 from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, Problem
 from penstock.core.events import (
+    Annotation,
     EngineDone,
     EngineOpened,
     Event,
@@ -60,6 +63,7 @@ from penstock.core.pacing import Pacing, SlowClient
 from penstock.core.request import StreamRequest
 from penstock.core.rules import Policy
 from penstock.core.signals import (
+    Annotated,
     Broke,
     Cancelled,
     ClientBacklog,
@@ -80,8 +84,10 @@ from penstock.core.signals import (
     Unread,
 )
 from penstock.core.stop_strings import StopStrings
+from penstock.core.structured import StructuredAnswers
 from penstock.core.tagged_stream import TaggedReader
 from penstock.core.tool_calls import ToolCalls
+from penstock.core.tool_policy import ToolPolicy, ToolRule
 
 _USAGE_TICK_SECONDS = 1.0
 # Unknown engine fields that wait for an event to go with; an engine with more of them is not one to remember.
@@ -120,6 +126,9 @@ class Setting:
     epoch_ms: int
     tagged: TaggedReader | None = None
     """Reads the plugin's records, where the engine sends those instead of its own chunks."""
+    tool_rules: Sequence[ToolRule] = ()
+    """Those of the policy that concern this caller."""
+    citations: Sequence[CitationPattern] = ()
     resumable_until: int | None = None
     """Unix milliseconds until which the log is kept at least; None where there is no log."""
     is_logged: bool = True
@@ -146,7 +155,7 @@ class Exchange:
         self,
         request: StreamRequest,
         setting: Setting,
-        spell: Callable[[Callable[[int], tuple[int, int]]], Dialect],
+        spell: Callable[[Callable[[int], tuple[int, int]]], Spelling],
     ) -> None:
         self._request = request
         self._setting = setting
@@ -162,6 +171,9 @@ class Exchange:
         self._moderation = Moderation(
             setting.policy, most_held=setting.bounds.hold_chars, json_answer=request.wants_json
         )
+        self._policy = ToolPolicy(setting.tool_rules)
+        self._citations = Citations(setting.citations if request.citations else ())
+        self._structured = StructuredAnswers(request.structured)
         self._accounting = Accounting()
         self._blocks = Blocks()
         self._pacing = Pacing(setting.bounds.slow_client)
@@ -176,7 +188,9 @@ class Exchange:
         self._ticked_tokens = 0
         self._first_text: float | None = None
         self._ext: dict[int | None, Ext] = {}
-        self._unsaid: list[Event] = []  # warnings that wait for the first event, since an answer may still be refused
+        self._unsaid: list[
+            Event
+        ] = []  # waits for the first event, since an answer may still be refused
 
     @property
     def content_type(self) -> str:
@@ -229,6 +243,8 @@ class Exchange:
                 is_read = isinstance(signal, ReadAgain)
                 self._wanted_tokens = None if is_read else self._accounting.generated_tokens
                 return []
+            case Annotated():
+                return self._annotate(signal)
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
             case Draining():
@@ -274,7 +290,10 @@ class Exchange:
         items = self._channels.feed(items)
         items = self._stop_strings.feed(items)
         items = self._tools.feed(items)
+        items = self._policy.feed(items)
+        items = self._citations.feed(items)
         items = self._moderation.feed(items)
+        items = self._structured.feed(items)
         items = self._accounting.feed(items)
         items = self._blocks.feed(items)
         self._tick_usage(items, now)
@@ -286,8 +305,10 @@ class Exchange:
         self._accounting.generated(items)
         items = self._channels.feed(items) + self._channels.flush()
         items = self._stop_strings.feed(items) + self._stop_strings.flush()
-        items = self._tools.feed(items) + self._tools.flush()
-        return self._moderation.feed(items) + self._moderation.flush()
+        items = self._policy.feed(self._tools.feed(items) + self._tools.flush())
+        items = self._citations.feed(items) + self._citations.flush()
+        items = self._moderation.feed(items) + self._moderation.flush()
+        return self._structured.feed(items) + self._structured.flush()
 
     def _interventions(self) -> list[Command]:
         return [NoteIntervention(one) for one in self._moderation.take_notes()]
@@ -418,6 +439,14 @@ class Exchange:
         commands: list[Command] = [CutClient(self._dialect.cut_off(problem))]
         waiting = self._pacing.told(0, now) + self._pacing.let_go()
         return [*commands, *self._send(waiting, now), *self._pace(now)]
+
+    def _annotate(self, noted: Annotated) -> list[Command]:
+        """What a backend adds goes out behind what was sent so far, but never before the stream has begun."""
+        note = Annotation(noted.kind, noted.data, None, noted.anchor)
+        if self._seq == 0:
+            self._unsaid.append(note)
+            return []
+        return self._send(self._pacing.feed([note]), noted.now)
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -576,7 +605,7 @@ class Exchange:
         self, events: list[Event], ending: Ending, status: StreamStatus, failure: Failed | None, now: float
     ) -> list[Command]:
         """The last words of every stream: what still waits for its client, its final usage and its end."""
-        events = self._pacing.let_go() + events
+        events, self._unsaid = [*self._unsaid, *self._pacing.let_go(), *events], []
         is_cancelled = failure is None and status == "cancelled"
         usage = self._accounting.usage(final=True, wanted_tokens=self._wanted() if is_cancelled else None)
         started = self._setting.started

@@ -25,10 +25,12 @@ class Fold:
                 self._delta(event)
             case "reasoning" | "text" | "tool_call", "start":
                 self._open_block(event, name)
-            case "tool_call", "arguments_chunk":
-                self._block(event)["arguments_text"] += event["text"]
-            case "tool_call", "ready":
-                self._block(event)["arguments"] = event["arguments"]
+            case "tool_call", "arguments_chunk" | "ready" | "denied" | "result":
+                self._call(event, part)
+            case "structured", "":
+                self._choice(event).setdefault("structured", []).append(_without(event, "choice"))
+            case "annotation", "":
+                self._result.setdefault("annotations", []).append(_without(event))
             case "reasoning" | "text" | "tool_call", "end":
                 self._close_block(event)
             case "moderation", "":
@@ -77,6 +79,18 @@ class Fold:
 
     def _block(self, event: Event) -> dict[str, Any]:
         return self._blocks[event["choice"], event["block"]]
+
+    def _call(self, event: Event, part: str) -> None:
+        block = self._block(event)
+        match part:
+            case "arguments_chunk":
+                block["arguments_text"] += event["text"]
+            case "ready":
+                block["arguments"] = event["arguments"]
+            case "denied":
+                block["denied"] = {"rule": event["rule"], "reason": event["reason"]}
+            case "result":
+                block["result"] = _without(event, "choice", "block", "call_id", "name")
 
     def _delta(self, event: Event) -> None:
         block = self._block(event)

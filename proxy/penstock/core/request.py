@@ -13,7 +13,15 @@ import orjson
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.errors import CallerError
 from penstock.core.events import utf8_size
-from penstock.core.schemas import Schema, SchemaError, schema_of
+from penstock.core.schemas import Schema
+from penstock.core.wishes import (
+    StructuredWish,
+    ToolRelease,
+    citations_of,
+    read_schema,
+    structured_of,
+    tool_release_of,
+)
 
 # vLLM refuses more (VLLM_MAX_N_SEQUENCES).
 _MOST_CHOICES = 16384
@@ -40,7 +48,7 @@ _MOST_TAGGED_CHOICES = 256
 
 OnDisconnect = Literal["cancel", "linger"]
 
-_OPTIONS = ("family", "include_stop", "on_disconnect", "reasoning", "stop")
+_OPTIONS = ("annotations", "family", "include_stop", "on_disconnect", "reasoning", "stop", "structured", "tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,10 @@ class StreamRequest:
     """Bytes of text in the messages, from which the length of the prompt can be guessed."""
     wants_json: bool
     """The answer is JSON, whose escapes moderation must read as what they stand for."""
+    tool_release: ToolRelease | None
+    structured: StructuredWish | None
+    citations: bool
+    """Whether citations are looked for, where the deployment has patterns for them."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
 
@@ -132,6 +144,9 @@ def read_request(
         on_disconnect=options.get("on_disconnect"),
         text_bytes=_text_bytes(request["messages"]),
         wants_json=_wants_json(request),
+        tool_release=tool_release_of(options),
+        structured=structured_of(request, options),
+        citations=citations_of(options),
         needs_engine_text=_needs_engine_text(request),
     )
 
@@ -195,18 +210,8 @@ def _offered_tools(request: dict[str, Any]) -> dict[str, Schema | None]:
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(function, dict) and isinstance(name, str):
-            offered[name] = _schema(function.get("parameters"), f"tools[{position}].function.parameters")
+            offered[name] = read_schema(function.get("parameters"), f"tools[{position}].function.parameters")
     return offered
-
-
-def _schema(given: Any, place: str) -> Schema | None:
-    if not isinstance(given, dict):
-        return None  # vLLM refuses what is neither an object nor null
-    try:
-        return schema_of(given)
-    except SchemaError as error:
-        message = f"{place} is no JSON Schema, {error}; arguments could not be judged by it, so mend or leave it out"
-        raise CallerError("invalid_schema", message, param=place) from None
 
 
 def _needs_engine_text(request: dict[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Facts that the shell tells an exchange. Every signal carries `now`, monotonic seconds: the core has no clock."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from penstock.core.errors import Problem
 from penstock.core.frames import Record
@@ -109,6 +110,16 @@ class Cancelled:
 
 
 @dataclass(slots=True)
+class Annotated:
+    """A backend adds a note to the stream; its shape was judged before."""
+
+    kind: str
+    data: dict[str, Any]
+    anchor: dict[str, int] | None
+    now: float
+
+
+@dataclass(slots=True)
 class Draining:
     """This replica stops and the time for open streams is over."""
 
@@ -157,6 +168,7 @@ Signal = (
     | Unread
     | ReadAgain
     | Cancelled
+    | Annotated
     | Draining
     | StoreLost
     | TakenOver

@@ -56,6 +56,19 @@ FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
     "tool_call.start": {**_CALL, "index": "count", "name": "string"},
     "tool_call.arguments_chunk": {**_CALL, "text": "string"},
     "tool_call.ready": {**_CALL, "name": "string", "arguments": "object"},
+    "tool_call.denied": {**_CALL, "name": "string", "rule": "string", "reason": "string"},
+    "tool_call.progress": {**_CALL, "name": "string", "status": "string", "attempt": "count"},
+    "tool_call.result": {
+        **_CALL,
+        "name": "string",
+        "ok": "boolean",
+        "bytes": "count",
+        "duration_ms": "count",
+        "problem": "string!",
+        "content": "string!",
+    },
+    "structured": {"choice": "count", "value": "any", "schema_name": "string!", "section": "count!"},
+    "annotation": {"kind": "string", "data": "object", "choice": "count!", "anchor": "object!"},
     "tool_call.end": {
         **_CALL,
         "arguments": "string",
@@ -188,7 +201,7 @@ class Verifier:
             self._report("error", event, f"comes after the error at seq {self._failed_at}; only ends may")
         if self._final_at is not None and name not in ("stream.end", "usage"):
             self._report("usage", event, f"comes after the final usage at seq {self._final_at}")
-        if "choice" in FIELDS[name]:
+        if "choice" in FIELDS[name] and "choice" in event:
             count = self._choice_count
             if count is not None and event["choice"] >= count:
                 self._report("G5", event, f"is of choice {event['choice']}; the stream has {count}")
@@ -356,7 +369,39 @@ class Verifier:
             self._report("tool_call", event, f"names {event['name']!r}; the call is of {block.name!r}")
         if not _is_same_json(event["arguments"], _arguments_of(block.arguments)):
             self._report("tool_call", event, "has other arguments than the chunks")
+        if block.is_denied:
+            self._report("tool_call", event, "is ready though it was denied")
         block.is_ready = True
+        self._choice(event).ready.add(event["call_id"])
+
+    def _denied(self, event: Event) -> None:
+        block = self._open_block(event, "tool_call")
+        if block is not None:
+            if block.is_ready or block.is_denied:
+                self._report("tool_call", event, f"denies {block.call_id!r}, which was judged before")
+            block.is_denied = True
+
+    def _run(self, event: Event) -> None:
+        """What Penstock runs was ready before, and has one result, after which nothing follows."""
+        choice = self._choice(event)
+        if event["call_id"] not in choice.ready:
+            self._report("tool_call", event, f"runs {event['call_id']!r}, which is not ready")
+        if event["call_id"] in choice.results:
+            self._report("tool_call", event, f"comes after the result of {event['call_id']!r}")
+        if event["type"] == "tool_call.result":
+            choice.results.add(event["call_id"])
+            if event["ok"] == ("problem" in event):
+                self._report("tool_call", event, "must name a problem if it failed, and only then")
+
+    def _structured(self, event: Event) -> None:
+        choice = self._choice(event)
+        for number, block in choice.open.items():
+            if block.kind != "tool_call":
+                self._report("structured", event, f"comes before the end of block {number} of choice {event['choice']}")
+        place = event.get("section", -1)
+        if place in choice.values:
+            self._report("structured", event, f"is a second value of choice {event['choice']}")
+        choice.values.add(place)
 
     def _tool_end(self, event: Event) -> None:
         block = self._open_block(event, "tool_call")
@@ -414,6 +459,9 @@ class _Choice:
     open: dict[int, "_Block"] = field(default_factory=dict)
     call_ids: set[str] = field(default_factory=set)
     call_indexes: set[int] = field(default_factory=set)
+    values: set[int] = field(default_factory=set)
+    ready: set[str] = field(default_factory=set)
+    results: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -426,6 +474,7 @@ class _Block:
     name: str = ""
     pieces: list[str] = field(default_factory=list)
     is_ready: bool = False
+    is_denied: bool = False
 
     @property
     def arguments(self) -> str:
@@ -449,6 +498,10 @@ _CHECKS: Final[Mapping[str, Callable[[Verifier, Event], None]]] = {
     "tool_call.start": Verifier._tool_start,
     "tool_call.arguments_chunk": Verifier._arguments,
     "tool_call.ready": Verifier._ready,
+    "tool_call.denied": Verifier._denied,
+    "tool_call.progress": Verifier._run,
+    "tool_call.result": Verifier._run,
+    "structured": Verifier._structured,
     "tool_call.end": Verifier._tool_end,
     "moderation": Verifier._moderation,
     "usage": Verifier._usage,
@@ -534,6 +587,7 @@ _KINDS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "boolean": lambda value: isinstance(value, bool),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
+    "any": lambda _: True,
     "sizes": _is_sizes,
     **{name: _is_one_of(words) for name, words in CLOSED_SETS.items()},
 }

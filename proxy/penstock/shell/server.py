@@ -11,11 +11,13 @@ from importlib import resources
 from aiohttp import hdrs, web
 
 from penstock.core.commands import RecordUsage
-from penstock.core.dialects import Dialect, Form, native, openai_chat
+from penstock.core.dialects import Dialect, Form, Spelling, native, openai_chat
+from penstock.core.dialects.tool_release import ReleasedCalls
 from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
 from penstock.core.events import Intervention
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import Family, choose_family
+from penstock.core.notes import read_note
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
 from penstock.core.tagged_stream import TaggedReader
@@ -89,6 +91,7 @@ class Server:
                 web.get(STREAMS + "/{id}", self._snapshot),
                 web.get(STREAMS + "/{id}/events", self._events),
                 web.post(STREAMS + "/{id}/resume", self._resumed),
+                web.post(STREAMS + "/{id}/annotations", self._annotate),
                 web.delete(STREAMS + "/{id}", self._cancel),
                 web.post(CHAT, self._openai_chat),
                 web.get(MODELS, self._models),
@@ -119,8 +122,11 @@ class Server:
         return await self._serve(http, STREAMS, spell, lambda _: kind, streams=True)
 
     async def _openai_chat(self, http: web.Request) -> web.StreamResponse:
-        def spell(_stream_id: str, request: StreamRequest, usage: RunningUsage) -> Dialect:
-            return openai_chat.ChatStream(request, usage) if request.streams else openai_chat.ChatWhole()
+        def spell(_stream_id: str, request: StreamRequest, usage: RunningUsage) -> Spelling:
+            if not request.streams:
+                return ReleasedCalls(openai_chat.ChatWhole(), "ready")  # a whole answer has whole calls
+            release = request.tool_release or self._settings.tools.release
+            return ReleasedCalls(openai_chat.ChatStream(request, usage), release)
 
         def kind(request: StreamRequest) -> type[Dialect]:
             return openai_chat.ChatStream if request.streams else openai_chat.ChatWhole
@@ -131,7 +137,7 @@ class Server:
         self,
         http: web.Request,
         route: str,
-        spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
+        spell: Callable[[str, StreamRequest, RunningUsage], Spelling],
         kind: Callable[[StreamRequest], type[Dialect]],
         *,
         streams: bool | None,
@@ -189,7 +195,7 @@ class Server:
         account: Account,
         request: StreamRequest,
         family: Family,
-        spell: Callable[[str, StreamRequest, RunningUsage], Dialect],
+        spell: Callable[[str, StreamRequest, RunningUsage], Spelling],
     ) -> Driver:
         stream_id = stream.stream_id
 
@@ -299,6 +305,8 @@ class Server:
             outlives_client=stream.outlives_client(),
             resumable_until=self._resumable_until() if stream.log is not None else None,
             policy=policy,
+            tool_rules=self._settings.tools.rules_for(stream.principal),
+            citations=self._settings.annotations.patterns,
         )
 
     def _resumable_until(self) -> int | None:
@@ -337,6 +345,26 @@ class Server:
         with self._admission.entered(caller_of(http)) as place:
             body = await read_body(http, _MOST_CURSOR_BYTES, self._settings.timing.request_seconds, place)
             return await self._resume.resume(http, caller_of(http).name, _resumed_form(http), body)
+
+    async def _annotate(self, http: web.Request) -> web.Response:
+        """A note beside the text of a stream that is carried here, in its order with the text."""
+        limits = self._settings.annotations
+        with self._admission.entered(caller_of(http)) as place:
+            body = await read_body(http, limits.note_bytes, self._settings.timing.request_seconds, place)
+        stream = self._streams.get(http.match_info["id"])
+        if stream is None or stream.principal != caller_of(http).name:
+            message = (
+                f"there is no open stream {http.match_info['id'][:80]!a} of yours on this replica; annotate while it "
+                "runs, with its own key, where it runs"
+            )
+            raise CallerError("no_such_stream", message, status=404)
+        if stream.notes >= limits.notes_per_stream:
+            message = f"the stream has {stream.notes} annotations, the most it may (annotations.notes_per_stream)"
+            raise CallerError("too_many_annotations", message, status=429)
+        note = read_note(body, asyncio.get_running_loop().time())
+        stream.notes += 1
+        await stream.tell(note)
+        return web.json_response({"status": "accepted"}, status=202)
 
     # -- the rest ----------------------------------------------------------------------------------
 

@@ -177,6 +177,7 @@ class LiveStream:
         self.stream_id = stream_id
         self.principal = principal
         self.log = log
+        self.notes = 0  # that backends have added
         self.outlet = Outlet(connection, log, self._opener_is_gone)
         self._linger_seconds = linger_seconds if log is not None else 0.0
         self._cut_linger_seconds = cut_linger_seconds if log is not None else 0.0

@@ -1,6 +1,6 @@
 """How answers are spelled: one file per dialect, each with its stream, its whole answer and its errors.
 
-A dialect is chosen per request and lives as long as its stream. `Dialect` is what the exchange needs of it.
+A dialect is chosen per request and lives as long as its stream. `Spelling` is what the exchange needs of it.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,20 @@ class Form(Enum):
     WHOLE = "whole"  # one body at the end
 
 
-class Dialect(Protocol):
-    """Spells one stream. `streams` is False where the client gets one whole body at the end."""
+class Spelling(Protocol):
+    """What spells one stream. `streams` is False where the client gets one whole body at the end."""
 
-    form: ClassVar[Form]
-    streams: ClassVar[bool]
-    content_type: ClassVar[str]
-    preamble: ClassVar[bytes]
-    heartbeat: ClassVar[bytes]
+    @property
+    def streams(self) -> bool: ...
+
+    @property
+    def content_type(self) -> str: ...
+
+    @property
+    def preamble(self) -> bytes: ...
+
+    @property
+    def heartbeat(self) -> bytes: ...
 
     def render(self, event: ClientEvent, seq: int, ts: int, ext: "Ext") -> bytes:
         """The bytes of one event, empty where this dialect has no word for it. `ts` is in Unix milliseconds."""
@@ -40,6 +46,16 @@ class Dialect(Protocol):
 
     def cut_off(self, problem: Problem) -> bytes:
         """The last bytes on a connection that is closed while its stream goes on; they are no event of the stream."""
+
+
+class Dialect(Spelling, Protocol):
+    """A spelling that stands alone; what it is can be told before there is a stream."""
+
+    form: ClassVar[Form]
+    streams: ClassVar[bool]
+    content_type: ClassVar[str]
+    preamble: ClassVar[bytes]
+    heartbeat: ClassVar[bytes]
 
 
 class Ext:

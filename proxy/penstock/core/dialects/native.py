@@ -8,6 +8,7 @@ from penstock.core import sse
 from penstock.core.dialects import Ext, Form
 from penstock.core.errors import Problem
 from penstock.core.events import (
+    Annotation,
     BlockEnded,
     BlockStarted,
     Channel,
@@ -18,10 +19,14 @@ from penstock.core.events import (
     Role,
     StreamEnded,
     StreamStarted,
+    Structured,
     Text,
     ToolArguments,
+    ToolDenied,
     ToolEnded,
+    ToolProgress,
     ToolReady,
+    ToolResult,
     ToolStarted,
     Usage,
     Warned,
@@ -48,27 +53,20 @@ def type_and_fields(event: ClientEvent) -> tuple[str, dict[str, Any]]:
     match event:
         case Text():
             return _text(event)
-        case ToolArguments():
-            return "tool_call.arguments_chunk", {
-                **_place(event),
-                "call_id": event.call_id,
-                "text": event.text,
-            }
         case BlockStarted():
             return f"{_WORD[event.channel]}.start", _place(event)
         case BlockEnded():
             return _block_end(event)
         case Role():
             return "delta.role", {"choice": event.choice, "role": event.role}
-        case ToolStarted():
-            fields = {"call_id": event.call_id, "index": event.index, "name": event.name}
-            return "tool_call.start", {**_place(event), **fields}
-        case ToolReady():
-            arguments = orjson.Fragment(event.arguments)
-            fields = {"call_id": event.call_id, "name": event.name, "arguments": arguments}
-            return "tool_call.ready", {**_place(event), **fields}
-        case ToolEnded():
-            return _tool_end(event)
+        case ToolStarted() | ToolArguments() | ToolReady() | ToolDenied() | ToolEnded():
+            return _tool(event)
+        case ToolProgress() | ToolResult():
+            return _tool_run(event)
+        case Structured():
+            return _structured(event)
+        case Annotation():
+            return _annotation(event)
         case Usage():
             counts = {name: getattr(event, name) for name in _USAGE_COUNTS}
             return "usage", {
@@ -116,6 +114,23 @@ def _block_end(event: BlockEnded) -> tuple[str, dict[str, Any]]:
     return f"{_WORD[event.channel]}.end", {**fields, "status": event.status}
 
 
+def _tool(event: ToolStarted | ToolArguments | ToolReady | ToolDenied | ToolEnded) -> tuple[str, dict[str, Any]]:
+    fields = {**_place(event), "call_id": event.call_id}
+    match event:
+        case ToolArguments():
+            return "tool_call.arguments_chunk", {**fields, "text": event.text}
+        case ToolStarted():
+            return "tool_call.start", {**fields, "index": event.index, "name": event.name}
+        case ToolReady():
+            return "tool_call.ready", {**fields, "name": event.name, "arguments": orjson.Fragment(event.arguments)}
+        case ToolDenied():
+            return "tool_call.denied", {**fields, "name": event.name, "rule": event.rule, "reason": event.reason}
+        case ToolEnded():
+            return _tool_end(event)
+        case _:
+            assert_never(event)
+
+
 def _tool_end(event: ToolEnded) -> tuple[str, dict[str, Any]]:
     fields = {**_place(event), "call_id": event.call_id, "arguments": event.arguments, "valid": event.valid}
     if event.problem is not None:
@@ -126,6 +141,37 @@ def _tool_end(event: ToolEnded) -> tuple[str, dict[str, Any]]:
 def _moderation(event: Moderated) -> tuple[str, dict[str, Any]]:
     fields = {"action": event.action, "rule": event.rule, "category": event.category}
     return "moderation", {**_place(event), **fields, "offset": event.offset, "length": event.length}
+
+
+def _tool_run(event: ToolProgress | ToolResult) -> tuple[str, dict[str, Any]]:
+    if isinstance(event, ToolProgress):
+        fields = {"call_id": event.call_id, "name": event.name, "status": event.status, "attempt": event.attempt}
+        return "tool_call.progress", {**_place(event), **fields}
+    fields = {**_place(event), "call_id": event.call_id, "name": event.name, "ok": event.ok}
+    fields |= {"bytes": event.size, "duration_ms": event.duration_ms}
+    if event.problem is not None:
+        fields["problem"] = event.problem
+    if event.content is not None:
+        fields["content"] = event.content
+    return "tool_call.result", fields
+
+
+def _structured(event: Structured) -> tuple[str, dict[str, Any]]:
+    fields: dict[str, Any] = {"choice": event.choice, "value": orjson.Fragment(event.value)}
+    if event.schema_name is not None:
+        fields["schema_name"] = event.schema_name
+    if event.section is not None:
+        fields["section"] = event.section
+    return "structured", fields
+
+
+def _annotation(event: Annotation) -> tuple[str, dict[str, Any]]:
+    fields: dict[str, Any] = {"kind": event.kind, "data": event.data}
+    if event.choice is not None:
+        fields["choice"] = event.choice
+    if event.anchor is not None:
+        fields["anchor"] = event.anchor
+    return "annotation", fields
 
 
 def _finish(event: Finished) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import orjson
 from penstock.core.dialects import NO_EXT, Ext, Form
 from penstock.core.errors import CONTENT_FILTERED, Problem
 from penstock.core.events import (
+    Annotation,
     BlockEnded,
     BlockStarted,
     Channel,
@@ -18,10 +19,14 @@ from penstock.core.events import (
     Role,
     StreamEnded,
     StreamStarted,
+    Structured,
     Text,
     ToolArguments,
+    ToolDenied,
     ToolEnded,
+    ToolProgress,
     ToolReady,
+    ToolResult,
     ToolStarted,
     Usage,
     Warned,
@@ -134,7 +139,9 @@ class ChatStream:
                 return self._fail(event)
             case StreamEnded():
                 return _DONE
-            case BlockStarted() | BlockEnded() | ToolReady() | ToolEnded() | Moderated() | Warned():
+            case BlockStarted() | BlockEnded() | ToolReady() | ToolEnded() | ToolDenied() | Warned():
+                return b""
+            case ToolProgress() | ToolResult() | Structured() | Annotation() | Moderated():
                 return b""
             case _:
                 assert_never(event)
@@ -294,7 +301,7 @@ class ChatWhole:
         if refusal_text != (message.get("refusal") or ""):
             message["refusal"] = refusal_text or None
         calls = self._calls.get(index, [])
-        if calls and not message.get("tool_calls"):
+        if calls and len(calls) != len(message.get("tool_calls") or ()):  # read from the text, or some left out
             message["tool_calls"] = calls
         if (finish := self._finishes.get(index)) is not None:
             choice["finish_reason"] = _finish_reason(finish)
