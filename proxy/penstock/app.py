@@ -22,6 +22,7 @@ from penstock.shell.stores.log import Store
 from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.telemetry import Telemetry
 from penstock.shell.tls import TlsFiles
+from penstock.shell.tools import Toolbox
 from penstock.shell.watched import Reloadable, watch
 
 _log = logging.getLogger("penstock")
@@ -53,7 +54,9 @@ async def running(
         books = await stack.enter_async_context(Books.opened(settings))
         store = _open_store(settings)
         stack.push_async_callback(store.close)
-        server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules)
+        toolbox = Toolbox(settings.tools)
+        stack.push_async_callback(toolbox.close)
+        server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules, toolbox)
         stack.push_async_callback(gatekeeper.close)
         watched: list[Reloadable] = [gatekeeper, *([tls] if tls else [])]
         looking = watch(watched, settings.auth.reload_seconds, look_now or asyncio.Event())

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from penstock.core.citations import CitationPattern
 from penstock.core.schemas import SchemaError, schema_of
@@ -53,6 +55,55 @@ class ToolPolicyRule(_Part):
         )
 
 
+class Binding(_Part):
+    """Where calls of a tool are run: `url`, or an MCP server by `mcp` (streamable HTTP) or `command` (a process)."""
+
+    tools: list[str] = Field(min_length=1, description="shell patterns of tool names")
+    url: str | None = Field(None, description="the arguments are posted here; the answer is the result")
+    mcp: str | None = Field(None, description="URL of an MCP server (streamable HTTP); needs penstock[mcp]")
+    command: list[str] = Field(default_factory=list, description="an MCP server as a process (stdio) and its arguments")
+    headers: dict[str, SecretStr] = Field(default_factory=dict, description="sent with each call over HTTP")
+    environment: dict[str, str] = Field(default_factory=dict, description="of the process")
+    timeout_seconds: float = Field(30, gt=0, description="time for one try of a call")
+    retries: int = Field(
+        0, ge=0, description="further tries of a failed call; for tools that know repetitions by their key"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Binding":
+        if sum(map(bool, (self.url, self.mcp, self.command))) != 1:
+            raise ValueError("give exactly one of url, mcp and command")
+        for url in (self.url, self.mcp):
+            if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+                raise ValueError(f"{url!r} must be a URL like https://tools.example.com/search")
+        return self
+
+    @property
+    def label(self) -> str:
+        return urlsplit(self.mcp).netloc if self.mcp else self.command[0] if self.command else ""
+
+
+class Loop(_Part):
+    rounds: int = Field(8, ge=1, description="turns of calls in one stream; after the last the model must answer")
+    concurrency: int = Field(4, ge=1, description="calls of one stream that run at the same time")
+    result_bytes: int = Field(64 * 2**10, ge=1, description="longest result of a call")
+    show_results: bool = Field(False, description="tell clients the results, not only that there are some")
+    allow_networks: list[str] = Field(
+        default_factory=list, description="networks of tools that are not public, such as 10.0.0.0/8"
+    )
+
+    @field_validator("allow_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            ip_network(network)
+        return value
+
+    @property
+    def networks(self) -> list[IPv4Network | IPv6Network]:
+        return [ip_network(network) for network in self.allow_networks]
+
+
 class Tools(_Part):
     release: ToolRelease = Field(
         "stream",
@@ -60,6 +111,10 @@ class Tools(_Part):
         "valid, `ready`",
     )
     policy: list[ToolPolicyRule] = Field(default_factory=list, description="who may call what")
+    bindings: list[Binding] = Field(
+        default_factory=list, description="tools that Penstock runs itself; none by default"
+    )
+    loop: Loop = Field(Loop(), description="bounds on what is run")
 
     def rules_for(self, principal: str) -> Sequence[ToolRule]:
         return [rule.made() for rule in self.policy if any(fnmatchcase(principal, key) for key in rule.keys)]

@@ -204,6 +204,7 @@ def test_a_bare_request() -> None:
         text_bytes=0,
         wants_json=False,
         tool_release=None,
+        runs_tools=True,
         structured=None,
         citations=True,
         needs_engine_text=None,

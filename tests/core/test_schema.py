@@ -60,6 +60,7 @@ SPOKEN: list[ClientEvent] = [
     Text(0, Channel.ANSWER, "😀"),
     BlockEnded(0, 1, Channel.ANSWER, 6, 2, "incomplete"),
     ToolStarted(0, "call_1", 0, "find", 2),
+    ToolStarted(0, "call_1", 0, "find", 2, runs_here=True),
     ToolArguments(0, "call_1", "{}", 1, 2),
     ToolReady(0, "call_1", "find", "{}", 2),
     ToolEnded(0, "call_1", "{}", valid=True, problem=None, status="complete", block=2),

@@ -19,6 +19,8 @@ from penstock.core.events import (
     utf8_size,
 )
 
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
 
 class Accounting:
     """The step. Consumes `Withheld` and `EngineUsage`; everything else passes."""
@@ -35,6 +37,8 @@ class Accounting:
         self._by_choice: dict[int, int] = {}
         self._engine: Ext = {}
         self._engine_was_final = False
+        self._before: Ext = {}  # what the engine counted in the rounds before this one
+        self._all_were_final = True
 
     def generated(self, items: list[Event]) -> None:
         """The first meter: what the engine wrote, before any step."""
@@ -85,7 +89,7 @@ class Accounting:
 
         `wanted_tokens`: how many were generated when nobody wanted any more, where the stream was cancelled.
         """
-        engine, exact = self._engine, self._engine_was_final
+        engine, exact = self._summed(), self._engine_was_final and self._all_were_final
         completion = self._generated_tokens
         if exact:
             completion = max(completion, _count(engine, "completion_tokens"))
@@ -105,6 +109,23 @@ class Accounting:
             final=final,
             engine_fields=engine if exact else None,
         )
+
+    def next_round(self) -> None:
+        """The engine is asked again in the same stream: its next counts come on top of these."""
+        if not self._engine_was_final:
+            self._all_were_final = False
+        self._before = self._summed()
+        self._engine, self._engine_was_final = {}, False
+
+    def _summed(self) -> Ext:
+        """The engine's counts of all rounds so far, in its own shape."""
+        if not self._before:
+            return self._engine
+        total = {name: _count(self._before, name) + _count(self._engine, name) for name in _COUNTS}
+        cached = [
+            _detail(usage, "prompt_tokens_details", "cached_tokens") or 0 for usage in (self._before, self._engine)
+        ]
+        return {**total, "prompt_tokens_details": {"cached_tokens": sum(cached)}}
 
     def tokens_of(self, choice: int) -> tuple[int, int]:
         """Prompt tokens and the tokens that `choice` has generated so far."""

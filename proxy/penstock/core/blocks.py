@@ -57,7 +57,11 @@ class Blocks:
                     out.append(item)
                 case Annotation(inline=True, choice=int() as choice):
                     self._choice(choice).anchor(item, out)
-                case ToolReady() | ToolEnded() | ToolDenied() | ToolProgress() | ToolResult():
+                case ToolProgress():
+                    self._choice(item.choice).close_text(out)  # what the model says next is a block of its own
+                    item.block = self._choice(item.choice).block_of(item.call_id)
+                    out.append(item)
+                case ToolReady() | ToolEnded() | ToolDenied() | ToolResult():
                     item.block = self._choice(item.choice).block_of(item.call_id)
                     out.append(item)
                 case Moderated():

@@ -5,6 +5,8 @@ from enum import Enum
 
 from penstock.core.errors import Problem
 from penstock.core.events import Intervention, Usage
+from penstock.core.request import StreamRequest
+from penstock.core.wishes import ToolRun
 
 
 class Ending(Enum):
@@ -84,6 +86,21 @@ class CutClient:
 
 
 @dataclass(slots=True)
+class RunTools:
+    """The engine's turn is over: run these calls, tell `ToolTried` and `ToolReturned` of each."""
+
+    runs: list[ToolRun]
+
+
+@dataclass(slots=True)
+class AskAgain:
+    """Put the next question of the same stream to an engine. `round` counts from 1."""
+
+    request: StreamRequest
+    round: int
+
+
+@dataclass(slots=True)
 class AskEngineHealth:
     """The engine has been silent for long: tell `EngineClosed` if its health check fails, nothing if it passes.
 
@@ -144,6 +161,8 @@ Command = (
     | CutClient
     | PauseEngine
     | ResumeEngine
+    | RunTools
+    | AskAgain
     | AskEngineHealth
     | WakeAt
     | NoteIntervention

@@ -146,7 +146,10 @@ class ToolMarkup:
 
 @dataclass(slots=True)
 class ToolStarted:
-    """`denied` tells those who must leave a denied call out from its start; the event that says why follows."""
+    """`denied` tells those who must leave a denied call out from its start; the event that says why follows.
+
+    `runs_here` tells that Penstock runs the call itself, so that no client may.
+    """
 
     choice: int
     call_id: str
@@ -154,6 +157,7 @@ class ToolStarted:
     name: str
     block: int = 0
     denied: bool = False
+    runs_here: bool = False
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ steps, and no two steps know each other.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, assert_never, cast
+from typing import Any, Literal, assert_never, cast
 
 from penstock.core.accounting import Accounting, size_of
 from penstock.core.blocks import Blocks
@@ -19,6 +19,7 @@ from penstock.core.channels import Channels, ReasoningPolicy
 from penstock.core.citations import CitationPattern, Citations
 from penstock.core.commands import (
     AbortEngine,
+    AskAgain,
     AskEngineHealth,
     Close,
     Command,
@@ -30,6 +31,7 @@ from penstock.core.commands import (
     RecordUsage,
     Respond,
     ResumeEngine,
+    RunTools,
     SendToClient,
     TryAnotherEngine,
     WakeAt,
@@ -53,9 +55,12 @@ from penstock.core.events import (
     Text,
     ToolArguments,
     ToolEnded,
+    ToolProgress,
+    ToolResult,
     ToolStarted,
     Usage,
     Warned,
+    utf8_size,
 )
 from penstock.core.families import Family
 from penstock.core.moderation import Moderation
@@ -81,13 +86,17 @@ from penstock.core.signals import (
     Signal,
     StoreLost,
     TakenOver,
+    ToolReturned,
+    ToolTried,
     Unread,
 )
 from penstock.core.stop_strings import StopStrings
 from penstock.core.structured import StructuredAnswers
 from penstock.core.tagged_stream import TaggedReader
 from penstock.core.tool_calls import ToolCalls
+from penstock.core.tool_loop import ToolLoop
 from penstock.core.tool_policy import ToolPolicy, ToolRule
+from penstock.core.wishes import LoopTerms
 
 _USAGE_TICK_SECONDS = 1.0
 # Unknown engine fields that wait for an event to go with; an engine with more of them is not one to remember.
@@ -126,6 +135,8 @@ class Setting:
     epoch_ms: int
     tagged: TaggedReader | None = None
     """Reads the plugin's records, where the engine sends those instead of its own chunks."""
+    loop: LoopTerms | None = None
+    """Which tools are run here; None where none is."""
     tool_rules: Sequence[ToolRule] = ()
     """Those of the policy that concern this caller."""
     citations: Sequence[CitationPattern] = ()
@@ -174,6 +185,8 @@ class Exchange:
         self._policy = ToolPolicy(setting.tool_rules)
         self._citations = Citations(setting.citations if request.citations else ())
         self._structured = StructuredAnswers(request.structured)
+        self._loop = ToolLoop(setting.loop, request)
+        self._is_running_tools = False
         self._accounting = Accounting()
         self._blocks = Blocks()
         self._pacing = Pacing(setting.bounds.slow_client)
@@ -188,9 +201,7 @@ class Exchange:
         self._ticked_tokens = 0
         self._first_text: float | None = None
         self._ext: dict[int | None, Ext] = {}
-        self._unsaid: list[
-            Event
-        ] = []  # waits for the first event, since an answer may still be refused
+        self._unsaid: list[Event] = []  # waits for the first event, since an answer may still be refused
 
     @property
     def content_type(self) -> str:
@@ -215,7 +226,8 @@ class Exchange:
 
     def receive(self, signal: Signal) -> list[Command]:
         """What to do about a signal, in order. Never raises on anything that came from outside."""
-        if self._phase is _Phase.OVER or (self._gave_up is not None and isinstance(signal, _OF_AN_ENGINE)):
+        is_deaf = self._gave_up is not None or self._is_running_tools  # to an engine that was done with
+        if self._phase is _Phase.OVER or (is_deaf and isinstance(signal, _OF_AN_ENGINE)):
             return []
         match signal:
             case EngineSpoke():
@@ -243,8 +255,8 @@ class Exchange:
                 is_read = isinstance(signal, ReadAgain)
                 self._wanted_tokens = None if is_read else self._accounting.generated_tokens
                 return []
-            case Annotated():
-                return self._annotate(signal)
+            case Annotated() | ToolTried() | ToolReturned():
+                return self._annotate(signal) if isinstance(signal, Annotated) else self._run_on(signal)
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
             case Draining():
@@ -277,7 +289,7 @@ class Exchange:
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
         if done or (self._request.stop and self._is_answered()):
-            return commands + self._conclude(now, engine_is_done=done)
+            return commands + (self._run_tools() if self._loop.is_due else self._conclude(now, engine_is_done=done))
         if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
         if self._tools.longest_call > self._setting.bounds.tool_call_bytes:
@@ -294,6 +306,7 @@ class Exchange:
         items = self._citations.feed(items)
         items = self._moderation.feed(items)
         items = self._structured.feed(items)
+        items = self._loop.feed(items)
         items = self._accounting.feed(items)
         items = self._blocks.feed(items)
         self._tick_usage(items, now)
@@ -492,6 +505,8 @@ class Exchange:
         items, _, _ = self._sort((self._tagged or self._reader).close())
         commands = self._send(self._travel(items, signal.now), signal.now)
         problem = signal.problem
+        if problem is None and self._loop.is_due:
+            return commands + self._run_tools()
         if problem is None and self._has_finished():
             warned = Warned("missing_done", "the engine closed without its end mark")
             commands += self._send(self._pacing.feed([warned]), signal.now)
@@ -511,6 +526,42 @@ class Exchange:
         if retryable and self._is_untouched():
             return self._try_another(Ending.REFUSED, problem)
         return self._fail(Ending.REFUSED, problem, signal.now)
+
+    # -- tools that are run here --------------------------------------------------------------------
+
+    def _run_tools(self) -> list[Command]:
+        self._is_running_tools = True
+        return [RunTools(self._loop.runs())]
+
+    def _run_on(self, signal: ToolTried | ToolReturned) -> list[Command]:
+        """A call is tried, or has come back; when all have, the model is asked again."""
+        self._last_heard = signal.now
+        call_id, name = signal.call_id, signal.name
+        if isinstance(signal, ToolTried):
+            status: Literal["running", "retrying"] = "running" if signal.attempt == 1 else "retrying"
+            return self._tell_of_tools([ToolProgress(0, call_id, name, status, signal.attempt)], signal.now)
+        size, duration = utf8_size(signal.answer), int(signal.seconds * 1000)
+        result = ToolResult(0, call_id, name, signal.problem is None, size, duration, signal.problem)
+        commands = self._tell_of_tools([self._loop.take(call_id, signal.answer, result)], signal.now)
+        if not self._loop.is_answered:
+            return commands
+        request, told = self._loop.ask_again()
+        self._begin_round(request)
+        return [*commands, *self._tell_of_tools(told, signal.now), AskAgain(request, self._loop.round)]
+
+    def _tell_of_tools(self, items: list[Event], now: float) -> list[Command]:
+        return self._send(self._pacing.feed(self._blocks.feed(items)), now)
+
+    def _begin_round(self, request: StreamRequest) -> None:
+        """The engine speaks anew; what the client has seen goes on."""
+        self._is_running_tools = False
+        self._request = request
+        family, policy, thinking = self._setting.family, self._setting.reasoning, request.thinking
+        self._channels = Channels(family, policy=policy, tools=bool(request.tools), thinking=thinking)
+        self._stop_strings = StopStrings(request.stop, include=request.include_stop)
+        self._tools.next_round()
+        self._policy.next_round()
+        self._accounting.next_round()
 
     # -- another engine ----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from penstock.core.wishes import (
     ToolRelease,
     citations_of,
     read_schema,
+    runs_tools_of,
     structured_of,
     tool_release_of,
 )
@@ -84,6 +85,8 @@ class StreamRequest:
     wants_json: bool
     """The answer is JSON, whose escapes moderation must read as what they stand for."""
     tool_release: ToolRelease | None
+    runs_tools: bool
+    """Whether Penstock runs the tools that the deployment has bound."""
     structured: StructuredWish | None
     citations: bool
     """Whether citations are looked for, where the deployment has patterns for them."""
@@ -145,6 +148,7 @@ def read_request(
         text_bytes=_text_bytes(request["messages"]),
         wants_json=_wants_json(request),
         tool_release=tool_release_of(options),
+        runs_tools=runs_tools_of(options),
         structured=structured_of(request, options),
         citations=citations_of(options),
         needs_engine_text=_needs_engine_text(request),

@@ -110,6 +110,28 @@ class Cancelled:
 
 
 @dataclass(slots=True)
+class ToolTried:
+    """Penstock begins to run a call; `attempt` counts from 1."""
+
+    call_id: str
+    name: str
+    attempt: int
+    now: float
+
+
+@dataclass(slots=True)
+class ToolReturned:
+    """What came of a call. `answer` is for the model, also where `problem` says why it failed."""
+
+    call_id: str
+    name: str
+    answer: str
+    problem: str | None
+    seconds: float
+    now: float
+
+
+@dataclass(slots=True)
 class Annotated:
     """A backend adds a note to the stream; its shape was judged before."""
 
@@ -169,6 +191,8 @@ Signal = (
     | ReadAgain
     | Cancelled
     | Annotated
+    | ToolTried
+    | ToolReturned
     | Draining
     | StoreLost
     | TakenOver

@@ -74,7 +74,9 @@ class _Answer:
         text = "".join(self._pieces)
         if item.reason == "stop":
             _tell(self._choice, text, self._wish, None, out)
-        elif text.strip() and item.reason != "tool_calls":
+        elif item.reason == "tool_calls":
+            self._pieces.clear()  # the model speaks again when it has the results
+        elif text.strip():
             detail = f"choice {self._choice} is no valid value: it ended with {item.reason!r} before it was whole"
             out.append(Warned("structured_invalid", detail))
 

@@ -88,6 +88,11 @@ class ToolCalls:
         """UTF-8 bytes of the longest call that is still open, whether they were passed on or held."""
         return max((calls.longest for calls in self._choices.values()), default=0) if self._choices else 0
 
+    def next_round(self) -> None:
+        """The engine speaks anew in the same stream: it counts its calls from the beginning, we go on."""
+        for calls in self._choices.values():
+            calls.next_round()
+
     def _choice(self, choice: int) -> "_ChoiceCalls":
         found = self._choices.get(choice)
         if found is None:
@@ -195,6 +200,11 @@ class _ChoiceCalls:
             self._pass_on(call, item.arguments, item.tokens, out)
         elif item.tokens:
             out.append(Withheld(self._choice, "marker", "", item.tokens))
+
+    def next_round(self) -> None:
+        self._by_index.clear()
+        self._valid = 0
+        self._in_text = False
 
     def markup(self, item: ToolMarkup, out: list[Event]) -> None:
         match item.phase:

@@ -78,6 +78,10 @@ class ToolPolicy:
                     out.append(item)
         return out
 
+    def next_round(self) -> None:
+        """The model speaks again in the same stream; what it may still call is counted on."""
+        self._allowed.clear()
+
     def _start(self, item: ToolStarted, out: list[Event]) -> None:
         out.append(item)
         rule = next((rule for rule in self._rules if rule.is_for(item.name)), None)

@@ -53,7 +53,7 @@ FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
     "text.start": _PLACE,
     "delta.text": _DELTA,
     "text.end": {**_PLACE, "bytes": "count", "status": "block status"},
-    "tool_call.start": {**_CALL, "index": "count", "name": "string"},
+    "tool_call.start": {**_CALL, "index": "count", "name": "string", "executor": "string!"},
     "tool_call.arguments_chunk": {**_CALL, "text": "string"},
     "tool_call.ready": {**_CALL, "name": "string", "arguments": "object"},
     "tool_call.denied": {**_CALL, "name": "string", "rule": "string", "reason": "string"},

@@ -18,6 +18,26 @@ _MOST_DELIMITER = 64
 
 
 @dataclass(frozen=True, slots=True)
+class ToolRun:
+    """One call to run. `key` is the same for the same call of the same request, whoever runs it."""
+
+    call_id: str
+    name: str
+    arguments: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopTerms:
+    """`bound` are the tools of this request that Penstock runs. `key` begins the idempotency key of each call."""
+
+    bound: frozenset[str]
+    rounds: int
+    key: str
+    shows_results: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StructuredWish:
     """What a request wants as a value.
 
@@ -69,11 +89,19 @@ def read_schema(given: Any, place: str) -> Schema | None:
 
 def tool_release_of(options: Mapping[str, Any]) -> ToolRelease | None:
     """How calls go out in dialects that have no word for a call that is ready."""
-    given = _object(options, "tools", ("release",))
+    given = _object(options, "tools", ("release", "run"))
     release = given.get("release")
     if release is not None and release not in get_args(ToolRelease):
         raise _wrong("tools.release", f"is {release!r}; it must be one of {', '.join(get_args(ToolRelease))}")
     return release
+
+
+def runs_tools_of(options: Mapping[str, Any]) -> bool:
+    """Whether Penstock runs the tools that the deployment has bound."""
+    runs = _object(options, "tools", ("release", "run")).get("run", True)
+    if not isinstance(runs, bool):
+        raise _wrong("tools.run", "must be true or false")
+    return runs
 
 
 def citations_of(options: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from penstock.core.commands import (
     AbortEngine,
+    AskAgain,
     AskEngineHealth,
     Close,
     Command,
@@ -18,6 +19,7 @@ from penstock.core.commands import (
     RecordUsage,
     Respond,
     ResumeEngine,
+    RunTools,
     SendToClient,
     TryAnotherEngine,
     WakeAt,
@@ -53,6 +55,7 @@ class Driver:
         record: Callable[[RecordUsage], None],
         holds: Callable[[int], None],
         note: Callable[[Intervention], None],
+        carry_on: Callable[[RunTools | AskAgain], None] | None = None,
     ) -> None:
         self._exchange = exchange
         self._client = client
@@ -62,6 +65,7 @@ class Driver:
         self._record = record
         self._holds = holds
         self._note = note
+        self._carry_on = carry_on
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -152,6 +156,9 @@ class Driver:
                     self._source.pause()
                 case ResumeEngine():
                     self._source.resume()
+                case RunTools() | AskAgain():
+                    if self._carry_on is not None:
+                        self._carry_on(command)
                 case AskEngineHealth():
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():

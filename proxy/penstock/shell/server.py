@@ -6,6 +6,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from hashlib import sha256
 from importlib import resources
 
 from aiohttp import hdrs, web
@@ -21,6 +23,7 @@ from penstock.core.notes import read_note
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
 from penstock.core.tagged_stream import TaggedReader
+from penstock.core.wishes import LoopTerms
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
 from penstock.shell.auth import OPEN_ROUTES, Gatekeeper, caller_of
@@ -33,10 +36,11 @@ from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
 from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.rulebook import Rulekeeper
-from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, TaggedAnswer
+from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, Source, TaggedAnswer
 from penstock.shell.stores.log import Claim, Store, StreamInfo
 from penstock.shell.streams import LiveStream, Streams
 from penstock.shell.telemetry import StreamTrace, Telemetry
+from penstock.shell.tools import LoopedAnswer, Toolbox
 
 _log = logging.getLogger("penstock")
 
@@ -66,8 +70,10 @@ class Server:
         store: Store,
         books: Books,
         rules: Rulekeeper,
+        toolbox: Toolbox,
     ) -> None:
         self._settings = settings
+        self._toolbox = toolbox
         self._books = books
         self._rules = rules
         self._gatekeeper = gatekeeper
@@ -199,14 +205,25 @@ class Server:
     ) -> Driver:
         stream_id = stream.stream_id
 
-        def ask(engine: Engine) -> tuple[TaggedReader | None, Answer]:
-            headers = self._engine_headers(http, trace, request, stream_id, engine)
-            return self._ask(engine, stream_id, family, request, headers)
+        def answer_to(asked: StreamRequest, asked_again: int) -> Source:
+            request_id = f"{stream_id}-{asked_again}" if asked_again else stream_id
 
-        wish = self.cluster.wish(http.headers, request)
-        source = ClusterAnswer(self.cluster, wish, ask, self._settings.routing.retries)
+            def ask(engine: Engine) -> tuple[TaggedReader | None, Answer]:
+                headers = self._engine_headers(http, trace, asked, request_id, engine)
+                return self._ask(engine, request_id, family, asked, headers)
+
+            wish = self.cluster.wish(http.headers, asked)
+            return ClusterAnswer(self.cluster, wish, ask, self._settings.routing.retries)
+
+        loop = self._loop_terms(http, stream, request)
+        source, carry_on = answer_to(request, 0), None
+        if loop is not None:
+            looped = LoopedAnswer(
+                source, answer_to, self._toolbox, trace.run_tool, self._settings.tools.loop.concurrency
+            )
+            source, carry_on = looped, looped.carry_on
         policy = self._rules.choose(request.model, stream.principal)
-        setting = self._setting(stream, family, request, trace, policy)
+        setting = replace(self._setting(stream, family, request, trace, policy), loop=loop)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         return Driver(
             exchange,
@@ -217,7 +234,18 @@ class Server:
             record=lambda record: self._record(account, trace, record),
             holds=place.wait,
             note=lambda done: self._note(stream_id, done),
+            carry_on=carry_on,
         )
+
+    def _loop_terms(self, http: web.Request, stream: LiveStream, request: StreamRequest) -> LoopTerms | None:
+        """The tools of this request that are run here. A retry of a request gives its calls the same keys."""
+        bound = self._toolbox.runs(request.offered_tools)
+        if not bound or not request.streams or not request.runs_tools:
+            return None
+        given = http.headers.get("Idempotency-Key")
+        said = sha256(f"{stream.principal}\0{given}".encode()).hexdigest()[:32] if given else stream.stream_id
+        loop = self._settings.tools.loop
+        return LoopTerms(bound, loop.rounds, said, loop.show_results)
 
     def _engine_headers(
         self, http: web.Request, trace: StreamTrace, request: StreamRequest, stream_id: str, engine: Engine

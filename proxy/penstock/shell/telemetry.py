@@ -6,7 +6,8 @@ on to the engine.
 """
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -21,6 +22,7 @@ from opentelemetry.util.types import AttributeValue
 from penstock import __version__
 from penstock.core.commands import Ending, RecordUsage
 from penstock.core.request import StreamRequest
+from penstock.core.wishes import ToolRun
 
 _NOT_ERRORS = (Ending.COMPLETED, Ending.CANCELLED, Ending.CLIENT_GONE)
 
@@ -95,10 +97,29 @@ class StreamTrace:
         }
         known = {name: value for name, value in attributes.items() if value is not None}
         parent = trace.set_span_in_context(self._server, self._context)
+        if self._client is not None:  # an engine that failed before its first token, or a turn before this one
+            self._client.end()
         self._client = self._tracer.start_span(f"chat {request.model}", parent, SpanKind.CLIENT, known)
         headers: dict[str, str] = {}
         propagate.inject(headers, trace.set_span_in_context(self._client, self._context))
         return headers
+
+    @contextmanager
+    def run_tool(self, run: ToolRun) -> Iterator[Mapping[str, str]]:
+        """The span of one call that is run here, and the headers that carry the context on to the tool."""
+        attributes = {
+            "gen_ai.operation.name": "execute_tool",
+            "gen_ai.tool.name": run.name,
+            "gen_ai.tool.call.id": run.call_id,
+        }
+        parent = trace.set_span_in_context(self._server, self._context)
+        span = self._tracer.start_span(f"execute_tool {run.name}", parent, SpanKind.INTERNAL, attributes)
+        headers: dict[str, str] = {}
+        propagate.inject(headers, trace.set_span_in_context(span, self._context))
+        try:
+            yield headers
+        finally:
+            span.end()
 
     def finish(self, record: RecordUsage) -> None:
         if self._client is not None:

@@ -120,7 +120,8 @@ def _tool(event: ToolStarted | ToolArguments | ToolReady | ToolDenied | ToolEnde
         case ToolArguments():
             return "tool_call.arguments_chunk", {**fields, "text": event.text}
         case ToolStarted():
-            return "tool_call.start", {**fields, "index": event.index, "name": event.name}
+            executor = {"executor": "penstock"} if event.runs_here else {}
+            return "tool_call.start", {**fields, "index": event.index, "name": event.name, **executor}
         case ToolReady():
             return "tool_call.ready", {**fields, "name": event.name, "arguments": orjson.Fragment(event.arguments)}
         case ToolDenied():

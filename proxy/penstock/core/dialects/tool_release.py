@@ -1,9 +1,9 @@
 """Tool calls for dialects that have no word for `ready`: fragments as they come, or each call once it is valid.
 
-Stands before a dialect. Calls that policy denies by name are left out from their start and the others are numbered
-anew. A choice that ends with a call that is not valid ends with an error in the dialect's own shape instead of its
-finish, so that no client takes it for a success; so does one whose every call was denied. Both are told when all
-choices have finished, since such dialects have one error for all.
+Stands before a dialect. Calls that policy denies by name, and those that Penstock runs itself, are left out from their
+start and the others are numbered anew. A choice that ends with a call that is not valid ends with an error in the
+dialect's own shape instead of its finish, so that no client takes it for a success; so does one whose every call was
+denied. Both are told when all choices have finished, since such dialects have one error for all.
 """
 
 from dataclasses import dataclass, field, replace
@@ -102,7 +102,8 @@ class ReleasedCalls:
 
     def _start(self, event: ToolStarted, ext: Ext) -> list[ClientEvent]:
         call = self._calls[event.choice, event.call_id] = _Call(event, ext)
-        return [] if event.denied or self._release == "ready" else [self._let_out(call)]
+        is_hidden = event.denied or event.runs_here or self._release == "ready"
+        return [] if is_hidden else [self._let_out(call)]
 
     def _let_out(self, call: _Call) -> ToolStarted:
         choice = call.started.choice
@@ -115,7 +116,7 @@ class ReleasedCalls:
         call = self._calls[event.choice, event.call_id]
         if call.is_out:
             return [event]
-        if not call.started.denied:
+        if not (call.started.denied or call.started.runs_here):
             call.pieces.append(event.text)
         return []
 
@@ -123,12 +124,16 @@ class ReleasedCalls:
         call = self._calls[event.choice, event.call_id]
         if call.is_out:
             return [event]
+        if call.started.runs_here:
+            return []
         arguments = "".join(call.pieces)
         said = [ToolArguments(event.choice, event.call_id, arguments)] if arguments else []
         return [self._let_out(call), *said, event]
 
     def _end(self, event: ToolEnded) -> list[ClientEvent]:
         call = self._calls.pop((event.choice, event.call_id))
+        if call.started.runs_here:
+            return []
         if event.valid:
             return [event]
         denied = self._denied.get(event.choice)

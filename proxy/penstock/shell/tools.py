@@ -1,0 +1,384 @@
+"""Runs the calls that are bound here: over HTTP, or through MCP servers by the official package.
+
+A tool is code of somebody else's that a model steers: every call has a time limit and a bound on what it may answer,
+goes only to addresses that may be reached, follows no redirect, and has a key by which the tool can tell a repetition.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+
+from penstock.core.commands import AskAgain, RunTools
+from penstock.core.errors import Problem
+from penstock.core.request import StreamRequest
+from penstock.core.signals import ToolReturned, ToolTried
+from penstock.core.wishes import ToolRun
+from penstock.shell.sources import Ear, Source
+from penstock.tool_settings import Binding, Tools
+
+Networks = Sequence[IPv4Network | IPv6Network]
+Trace = Callable[[ToolRun], contextlib.AbstractContextManager[Mapping[str, str]]]
+"""Opens the span of a call; what it gives are the headers that carry the context on."""
+
+
+class ToolFailed(Exception):
+    """The call came to nothing; the text says why. `may_retry` is false where another try cannot help."""
+
+    def __init__(self, why: str, *, may_retry: bool = True) -> None:
+        super().__init__(why)
+        self.may_retry = may_retry
+
+
+class Tool(Protocol):
+    """Something that a call can be given to."""
+
+    async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
+        """The answer for the model. Raises `ToolFailed`."""
+
+    async def close(self) -> None: ...
+
+
+class Toolbox:
+    """All bindings of this deployment. Make it inside a running loop; `close` it when the last stream is over."""
+
+    def __init__(self, settings: Tools) -> None:
+        self._settings = settings
+        self._bound: list[tuple[Binding, Tool]] = [(binding, _made(binding, settings)) for binding in settings.bindings]
+
+    def runs(self, names: frozenset[str]) -> frozenset[str]:
+        """Those of the tools that are run here."""
+        return frozenset(name for name in names if self._binding(name) is not None)
+
+    async def run(
+        self, run: ToolRun, tried: Callable[[int], None], headers: Mapping[str, str]
+    ) -> tuple[str, str | None]:
+        """What the model is told, and what was wrong, if anything. Tries again only as often as the binding says."""
+        found = self._binding(run.name)
+        assert found is not None
+        binding, tool = found
+        for attempt in range(1, binding.retries + 2):
+            tried(attempt)
+            try:
+                async with asyncio.timeout(binding.timeout_seconds):
+                    answer = await tool.call(run, headers)
+            except TimeoutError:
+                problem = f"the tool did not answer within {binding.timeout_seconds:g} s"
+                continue
+            except ToolFailed as failure:
+                problem = str(failure)
+                if failure.may_retry:
+                    continue
+                break
+            if len(answer.encode()) <= self._settings.loop.result_bytes:
+                return answer, None
+            problem = f"the tool answered more than {self._settings.loop.result_bytes} bytes (tools.loop.result_bytes)"
+            break
+        return f"error: {problem}", problem
+
+    async def close(self) -> None:
+        for _, tool in self._bound:
+            await tool.close()
+
+    def _binding(self, name: str) -> tuple[Binding, Tool] | None:
+        fits = (pair for pair in self._bound if any(fnmatchcase(name, pattern) for pattern in pair[0].tools))
+        return next(fits, None)
+
+
+def _made(binding: Binding, settings: Tools) -> Tool:
+    if binding.url is not None:
+        return HttpTool(binding, settings)
+    return McpTool(binding, settings)
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+
+def may_reach(address: str, allowed: Networks) -> bool:
+    """Whether a tool may stand at this address: a public one, or one of the networks that the settings name."""
+    ip = ip_address(address.partition("%")[0])
+    mapped = getattr(ip, "ipv4_mapped", None)
+    ip = mapped or ip
+    return (ip.is_global and not ip.is_multicast) or any(ip in network for network in allowed)
+
+
+class _GuardedResolver(AbstractResolver):
+    """Names lead only where tools may stand. What is connected to is what was judged: no second look-up follows."""
+
+    def __init__(self, allowed: Networks) -> None:
+        self._allowed = allowed
+        self._inner = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._inner.resolve(host, port, family)
+        kept = [result for result in found if may_reach(result["host"], self._allowed)]
+        if not kept:
+            raise ToolFailed(_forbidden(host), may_retry=False)
+        return kept
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+def _forbidden(host: str) -> str:
+    return f"the tool's host {host} is at an address that tools may not have; see tools.loop.allow_networks"
+
+
+def check_literal(url: str, allowed: Networks) -> None:
+    """An address in the URL itself is no name, so no resolver judges it. Raises `ToolFailed`."""
+    host = urlsplit(url).hostname or ""
+    try:
+        is_allowed = may_reach(host, allowed)
+    except ValueError:
+        return
+    if not is_allowed:
+        raise ToolFailed(_forbidden(host), may_retry=False)
+
+
+class HttpTool:
+    """`POST` of the arguments to one URL; the body of the answer is the result."""
+
+    def __init__(self, binding: Binding, settings: Tools) -> None:
+        self._binding = binding
+        self._allowed = settings.loop.networks
+        self._most = settings.loop.result_bytes
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, resolver=_GuardedResolver(self._allowed), keepalive_timeout=3),
+            headers={name: value.get_secret_value() for name, value in binding.headers.items()},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
+        url = self._binding.url or ""
+        check_literal(url, self._allowed)
+        merged = {**headers, "Content-Type": "application/json", "Idempotency-Key": run.key, "X-Tool-Name": run.name}
+        try:
+            async with self._session.post(
+                url, data=run.arguments.encode(), headers=merged, allow_redirects=False
+            ) as answer:
+                body = await _read(answer, self._most)
+        except (aiohttp.ClientError, OSError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, ToolFailed) else None
+            raise cause or ToolFailed(f"the tool cannot be reached ({type(error).__name__})") from error
+        if not 200 <= answer.status < 300:
+            raise ToolFailed(f"the tool answered {answer.status}", may_retry=answer.status >= 500)
+        return body.decode("utf-8", "replace")
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body, or a little more of it than may be; the rest is not read."""
+    pieces, size = [], 0
+    async for piece in answer.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            break
+    return b"".join(pieces)
+
+
+# --- MCP ------------------------------------------------------------------------------------------
+
+
+class McpTool:
+    """One MCP server, by streamable HTTP or as a process of ours. Its session is opened by the first call.
+
+    A session must be left by the task that entered it, so it lives in a task of its own. One that breaks is opened anew
+    by the next call.
+    """
+
+    def __init__(self, binding: Binding, settings: Tools) -> None:
+        self._binding = binding
+        self._allowed = settings.loop.networks
+        self._task: asyncio.Task[None] | None = None
+        self._session: asyncio.Future[Any] | None = None
+        self._leave = asyncio.Event()
+
+    async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
+        session = await self._opened()
+        meta = {"idempotencyKey": run.key, **headers}
+        try:
+            result = await session.call_tool(run.name, orjson.loads(run.arguments), meta=meta)
+        except (asyncio.CancelledError, TimeoutError):
+            raise
+        except Exception as error:  # the package's own errors, and those of its transports
+            await self.close()
+            raise ToolFailed(
+                f"the MCP server {self._binding.label} failed ({type(error).__name__}: {error})"
+            ) from error
+        text = "\n".join(getattr(part, "text", None) or f"[{part.type}]" for part in result.content)
+        if getattr(result, "is_error", False):
+            raise ToolFailed(f"the tool reports an error: {text[:500]}", may_retry=False)
+        return text
+
+    async def close(self) -> None:
+        self._leave.set()
+        task, self._task, self._session = self._task, None, None
+        if task is not None:
+            await asyncio.wait({task}, timeout=5)
+            task.cancel()
+
+    async def _opened(self) -> Any:
+        if self._session is None:
+            self._leave = asyncio.Event()
+            self._session = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._live(self._session, self._leave))
+        try:
+            return await asyncio.shield(self._session)
+        except ToolFailed:
+            self._session = None
+            raise
+
+    async def _live(self, opened: "asyncio.Future[Any]", leave: asyncio.Event) -> None:
+        try:
+            async with self._connected() as session:
+                opened.set_result(session)
+                await leave.wait()
+        except Exception as error:
+            failure = error if isinstance(error, ToolFailed) else None
+            why = f"the MCP server {self._binding.label} cannot be reached ({type(error).__name__})"
+            if not opened.done():
+                opened.set_exception(failure or ToolFailed(why))
+            self._session = None
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        try:
+            from mcp import ClientSession, StdioServerParameters, stdio_client
+            from mcp.client.streamable_http import streamable_http_client
+        except ImportError:
+            raise ToolFailed("install penstock[mcp] to reach MCP servers", may_retry=False) from None
+        binding = self._binding
+        async with contextlib.AsyncExitStack() as stack:
+            if binding.mcp is not None:
+                await self._check(binding.mcp)
+                client = await stack.enter_async_context(_http_client(binding))
+                streams = await stack.enter_async_context(streamable_http_client(binding.mcp, http_client=client))
+            else:
+                command, *arguments = binding.command
+                server = StdioServerParameters(command=command, args=arguments, env=dict(binding.environment) or None)
+                streams = await stack.enter_async_context(stdio_client(server))
+            session = await stack.enter_async_context(ClientSession(streams[0], streams[1]))
+            await session.initialize()
+            yield session
+
+    async def _check(self, url: str) -> None:
+        """The package looks names up itself, so they are judged before it does."""
+        check_literal(url, self._allowed)
+        parts = urlsplit(url)
+        await _GuardedResolver(self._allowed).resolve(parts.hostname or "", parts.port or 0)
+
+
+def _http_client(binding: Binding) -> Any:
+    from mcp.shared._httpx_utils import create_mcp_http_client
+
+    client = create_mcp_http_client(headers={name: value.get_secret_value() for name, value in binding.headers.items()})
+    client.follow_redirects = False
+    return client
+
+
+# --- The rounds of one stream ---------------------------------------------------------------------
+
+
+class LoopedAnswer:
+    """An answer that goes on after the model's calls were run: one round after the other, each its own request."""
+
+    def __init__(
+        self,
+        first: Source,
+        ask: Callable[[StreamRequest, int], Source],
+        toolbox: Toolbox,
+        trace: Trace,
+        concurrency: int,
+    ) -> None:
+        self._source = first
+        self._ask = ask
+        self._toolbox = toolbox
+        self._trace = trace
+        self._places = asyncio.Semaphore(concurrency)
+        self._now = asyncio.get_running_loop().time
+        self._turn_is_over = asyncio.Event()
+        self._runs: list[ToolRun] = []
+        self._next: asyncio.Queue[Source] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def carry_on(self, command: RunTools | AskAgain) -> None:
+        """What the exchange wants next; called while somebody tells it something."""
+        if isinstance(command, RunTools):
+            self._runs = command.runs
+            self._turn_is_over.set()
+        else:
+            self._next.put_nowait(self._ask(command.request, command.round))
+
+    async def speak(self, ear: Ear) -> None:
+        try:
+            while not ear.is_over:
+                await self._listen(ear)
+                if ear.is_over or not self._turn_is_over.is_set():
+                    return
+                self._turn_is_over.clear()
+                for run in self._runs:
+                    task = asyncio.create_task(self._run(run, ear))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                self._source = await self._next.get()
+        finally:
+            self._stop_tools()
+
+    def abort(self) -> None:
+        self._source.abort()
+        self._stop_tools()
+
+    def pause(self) -> None:
+        self._source.pause()
+
+    def resume(self) -> None:
+        self._source.resume()
+
+    def try_another(self, problem: Problem) -> None:
+        self._source.try_another(problem)
+
+    async def is_healthy(self) -> bool:
+        return bool(self._tasks) or await self._source.is_healthy()
+
+    def _stop_tools(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _listen(self, ear: Ear) -> None:
+        """Until the engine's turn is over, however its connection ends; nothing of it is heard after that."""
+        speaking = asyncio.create_task(self._source.speak(ear))
+        turn = asyncio.create_task(self._turn_is_over.wait())
+        try:
+            await asyncio.wait({speaking, turn}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            turn.cancel()
+            if not speaking.done():
+                speaking.cancel()
+            await asyncio.gather(speaking, turn, return_exceptions=True)
+            self._source.abort()
+        if speaking.done() and not speaking.cancelled():
+            speaking.result()
+
+    async def _run(self, run: ToolRun, ear: Ear) -> None:
+        started = self._now()
+        async with self._places:
+            with self._trace(run) as headers:
+                answer, problem = await self._toolbox.run(
+                    run, lambda attempt: ear.hear(ToolTried(run.call_id, run.name, attempt, self._now())), headers
+                )
+        ear.hear(ToolReturned(run.call_id, run.name, answer, problem, self._now() - started, self._now()))

@@ -1,0 +1,380 @@
+"""Tools that Penstock runs: over real HTTP and real MCP, with everything that can go wrong on the way."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.settings import SettingsError, load_settings
+from penstock.shell.replay import serving
+from penstock.shell.tools import may_reach
+from support import chunks
+from support.http_client import NDJSON, SSE, Answer, chat, whole
+from support.sockets import until
+from support.tools import COUNT, CountingService, Model, call, calling_turn
+from support.upstreams import Setup, engine_app, in_front_of
+
+LOOPBACK = ["127.0.0.0/8"]
+ANSWER = chunks.answer_of(["It ", "is 7."])
+ONCE = (calling_turn(call(0), before="Let me count."), ANSWER)
+
+
+@asynccontextmanager
+async def running(service: CountingService, model: Model, **more: Any) -> AsyncIterator[Setup]:
+    binding = {"tools": ["count"], **more.pop("binding", {})}
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serving(service.app()))
+        flags = {
+            "tools__bindings": [{"url": f"{url}/tool", **binding}],
+            "tools__loop__allow_networks": LOOPBACK,
+            **more,
+        }
+        yield await stack.enter_async_context(in_front_of(engine_app(model.answer)[0], **flags))
+
+
+async def streamed(setup: Setup, **request: Any) -> Answer:
+    return await setup.caller.stream(NDJSON, tools=[COUNT], **request)
+
+
+async def test_a_call_is_run_and_the_answer_goes_on_in_the_same_stream() -> None:
+    service, model = CountingService(), Model(*ONCE)
+    async with running(service, model, tools__loop__show_results=True) as setup:
+        answer = await streamed(setup)
+    types = [event["type"] for event in answer.events if event["type"] not in ("delta.text", "usage")]
+    assert types == [
+        "stream.start", "delta.role", "text.start", "text.end", "tool_call.start", "tool_call.arguments_chunk",
+        "tool_call.arguments_chunk", "tool_call.ready", "tool_call.end", "tool_call.progress", "tool_call.result",
+        "text.start", "text.end", "finish", "stream.end",
+    ]  # fmt: skip
+    assert answer.text() == "Let me count.It is 7."
+    assert answer.one("tool_call.start")["executor"] == "penstock"
+    result = answer.one("tool_call.result")
+    assert (result["ok"], result["content"], result["bytes"]) == (True, '{"n": 7}', 8)
+    assert answer.finish()["reason"] == "stop"
+    assert service.requests == [{"by": 1}]
+
+
+async def test_the_model_is_told_what_came_of_it_in_a_request_of_its_own() -> None:
+    service, model = CountingService(), Model(*ONCE)
+    async with running(service, model) as setup:
+        answer = await streamed(setup)
+    first, second = model.asked
+    made = {"id": "c0", "type": "function", "function": {"name": "count", "arguments": '{"by": 1}'}}
+    assert second["messages"] == [
+        *first["messages"],
+        {"role": "assistant", "content": "Let me count.", "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c0", "content": '{"n": 7}'},
+    ]
+    stream_id = answer.events[0]["stream_id"]
+    assert model.ids == [stream_id, f"{stream_id}-1"]
+    assert {event["stream_id"] for event in answer.events} == {stream_id}
+    assert "content" not in answer.one("tool_call.result")
+    assert (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]) == (18, 16)
+
+
+async def test_an_openai_client_sees_one_answer_and_no_call() -> None:
+    service, model = CountingService(), Model(*ONCE)
+    async with running(service, model) as setup:
+        answer = await setup.caller.chat(tools=[COUNT], stream=True, stream_options={"include_usage": True})
+    deltas = [choice["delta"] for chunk in answer.chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Let me count.It is 7."
+    assert not any(delta.get("tool_calls") for delta in deltas)
+    reasons = [choice["finish_reason"] for chunk in answer.chunks for choice in chunk["choices"]]
+    assert [reason for reason in reasons if reason] == ["stop"]
+    assert answer.chunks[-1]["usage"]["total_tokens"] == 34
+
+
+@pytest.mark.parametrize("off", ["request", "not offered", "two choices", "unstreamed"])
+async def test_where_nothing_is_run_the_client_gets_the_call(off: str) -> None:
+    service, model = CountingService(), Model(calling_turn(call(0)))
+    request: dict[str, Any] = {"penstock": {"tools": {"run": False}}} if off == "request" else {}
+    other = {"type": "function", "function": {"name": "other"}}
+    async with running(service, model) as setup:
+        if off == "unstreamed":
+            await setup.caller.chat(tools=[COUNT])
+        elif off == "not offered":
+            answer = await setup.caller.stream(NDJSON, tools=[other])
+            assert answer.of("tool_call.ready") == []
+        else:
+            answer = await streamed(setup, **request, **({"n": 2} if off == "two choices" else {}))
+            assert len(answer.of("tool_call.ready")) == 1 or off == "two choices"
+    assert (service.requests, len(model.asked)) == ([], 1)
+
+
+async def test_calls_of_one_turn_run_side_by_side_up_to_the_bound() -> None:
+    service = CountingService(delay=0.1)
+    model = Model(calling_turn(*(call(n) for n in range(5))), ANSWER)
+    async with running(service, model, tools__loop__concurrency=2) as setup:
+        answer = await streamed(setup)
+    assert len(answer.of("tool_call.result")) == 5
+    assert (service.most_running, len(service.executed)) == (2, 5)
+    assert [message["tool_call_id"] for message in model.asked[1]["messages"][-5:]] == [f"c{n}" for n in range(5)]
+
+
+async def test_a_turn_that_also_calls_a_tool_of_the_client_is_the_clients() -> None:
+    service = CountingService()
+    model = Model(calling_turn(call(0), call(1, "other")))
+    other = {"type": "function", "function": {"name": "other"}}
+    async with running(service, model) as setup:
+        answer = await setup.caller.stream(NDJSON, tools=[COUNT, other])
+    assert answer.finish()["reason"] == "tool_calls"
+    assert answer.one("tool_call.result")["problem"] == "not run: the same turn calls a tool of the client's"
+    assert service.requests == []
+
+
+async def test_a_call_that_is_not_valid_or_denied_is_answered_with_the_reason() -> None:
+    service = CountingService()
+    model = Model(calling_turn(call(0), call(1, arguments='{"by": "x"}'), call(2, arguments='{"by": 9}')), ANSWER)
+    policy = [{"id": "small", "arguments": {"properties": {"by": {"maximum": 5}}}}]
+    async with running(service, model, tools__policy=policy) as setup:
+        answer = await streamed(setup)
+    told = [message["content"] for message in model.asked[1]["messages"][-3:]]
+    assert told[0] == '{"n": 7}'
+    assert told[1].startswith("the arguments do not fit the schema of 'count'")
+    assert told[2].startswith("denied by policy")
+    assert (len(service.requests), answer.end["status"]) == (1, "completed")
+
+
+async def test_after_the_last_round_the_model_must_answer() -> None:
+    service, model = CountingService(), Model(calling_turn(call(0)))
+    async with running(service, model, tools__loop__rounds=2) as setup:
+        answer = await streamed(setup, tool_choice="required")
+    assert [body.get("tool_choice") for body in model.asked] == ["required", "auto", "none"]
+    assert [event["code"] for event in answer.of("warning")] == ["tool_rounds_limit"]
+    assert len(service.executed) == 2
+    assert len({event["call_id"] for event in answer.of("tool_call.start")}) == 3
+
+
+# --- Tools that fail ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("service", "binding", "problem"),
+    [
+        (CountingService(status=500), {}, "the tool answered 500"),
+        (CountingService(status=302), {}, "the tool answered 302"),
+        (CountingService(delay=5), {"timeout_seconds": 0.1}, "the tool did not answer within 0.1 s"),
+        (CountingService(body=b"x" * 100), {}, "the tool answered more than 64 bytes (tools.loop.result_bytes)"),
+    ],
+)
+async def test_a_tool_that_fails_is_told_to_the_model_and_the_client(
+    service: CountingService, binding: Any, problem: str
+) -> None:
+    model = Model(*ONCE)
+    async with running(service, model, binding=binding, tools__loop__result_bytes=64) as setup:
+        answer = await streamed(setup)
+    assert (answer.one("tool_call.result")["ok"], answer.one("tool_call.result")["problem"]) == (False, problem)
+    assert model.asked[1]["messages"][-1]["content"] == f"error: {problem}"
+    assert answer.text().endswith("It is 7.")
+    assert len(service.requests) == 1
+
+
+async def test_a_call_is_tried_again_only_where_the_binding_says_so_and_with_the_same_key() -> None:
+    service, model = CountingService(fails_first=2), Model(*ONCE)
+    async with running(service, model, binding={"retries": 2}) as setup:
+        answer = await streamed(setup)
+    progress = [(event["status"], event["attempt"]) for event in answer.of("tool_call.progress")]
+    assert progress == [("running", 1), ("retrying", 2), ("retrying", 3)]
+    assert answer.one("tool_call.result")["ok"]
+    assert len({headers["Idempotency-Key"] for headers in service.headers}) == 1
+    assert service.executed.total() == 1
+
+
+async def test_while_a_tool_runs_there_are_heartbeats() -> None:
+    service, model = CountingService(delay=0.8), Model(*ONCE)
+    async with running(service, model, timing__heartbeat_seconds=0.1, timing__first_byte_seconds=0.05) as setup:
+        answer = await setup.caller.stream(SSE, tools=[COUNT])
+    assert answer.body.count(b": heartbeat") >= 3
+
+
+@pytest.mark.parametrize("how", ["delete", "leave"])
+async def test_a_cancel_while_a_tool_runs_stops_both(how: str) -> None:
+    service, model = CountingService(delay=30), Model(*ONCE)
+    async with running(service, model) as setup:
+        async with setup.caller.opened("/v1/streams", chat(tools=[COUNT]), {"Accept": NDJSON}) as response:
+            await until(lambda: service.running == 1)
+            if how == "delete":
+                await setup.caller.delete(response.headers["X-Stream-Id"])
+                answer = await whole(response)
+                assert answer.end["status"] == "cancelled"
+        await until(lambda: service.running == 0)
+        await until(lambda: setup.sidecar.server.open_streams == 0)
+    assert (service.executed.total(), len(model.asked)) == (0, 1)
+
+
+# --- Once -----------------------------------------------------------------------------------------
+
+
+async def one_of_many(setup: Setup, number: int) -> None:
+    """A client with a key that is cut off somewhere and comes again, by a retry or by a resume."""
+    request, headers = chat(tools=[COUNT], user=f"u{number}"), {"Accept": SSE, "Idempotency-Key": f"k{number}"}
+    async with setup.caller.opened("/v1/streams", request, headers) as response:
+        stream_id = response.headers["X-Stream-Id"]
+        if number % 3:
+            await response.content.readany()
+    if number % 3 == 1:
+        answer = await setup.caller.get(f"/v1/streams/{stream_id}/events", {"Accept": SSE})
+    else:
+        answer = await setup.caller.post("/v1/streams", request, headers)
+    assert answer.text() == "Let me count.It is 7.", answer.body
+    assert len(answer.of("tool_call.ready")) == len(answer.of("tool_call.result")) == 1
+
+
+async def many(count: int, knows_keys: bool) -> CountingService:
+    service = CountingService(knows_keys=knows_keys, delay=0.01)
+    model = Model(*ONCE, doubles=True)
+    async with running(service, model, limits__streams_per_key=5000, limits__streams=5000) as setup:
+        for start in range(0, count, 50):
+            await asyncio.gather(*(one_of_many(setup, n) for n in range(start, min(start + 50, count))))
+    return service
+
+
+@pytest.mark.parametrize("knows_keys", [True, False])
+async def test_every_call_is_executed_once_whatever_the_clients_do(knows_keys: bool) -> None:
+    service = await many(60, knows_keys)
+    assert (len(service.executed), service.executed.total()) == (60, 60)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("knows_keys", [True, False])
+async def test_two_thousand_streams(knows_keys: bool) -> None:
+    service = await many(2000, knows_keys)
+    assert (len(service.executed), service.executed.total()) == (2000, 2000)
+
+
+# --- Where tools may stand ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "may"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+    ],
+)
+def test_private_and_link_local_addresses_are_refused(address: str, may: bool) -> None:
+    assert may_reach(address, []) is may
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_tool_at_a_forbidden_address_is_never_reached(host: str) -> None:
+    service, model = CountingService(), Model(*ONCE)
+    async with serving(service.app()) as url:
+        bindings = [{"tools": ["count"], "url": url.replace("127.0.0.1", host) + "/tool", "retries": 3}]
+        async with in_front_of(engine_app(model.answer)[0], tools__bindings=bindings) as setup:
+            answer = await streamed(setup)
+    result = answer.one("tool_call.result")
+    assert result["problem"] == (
+        f"the tool's host {host} is at an address that tools may not have; see tools.loop.allow_networks"
+    )
+    assert service.requests == []
+
+
+# --- MCP ------------------------------------------------------------------------------------------
+
+SERVER = """
+import sys
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("counter")
+
+@server.tool()
+def count(by: int) -> str:
+    if by < 0:
+        raise ValueError("negative")
+    return f"counted {by}"
+
+if sys.argv[1] == "stdio":
+    server.run("stdio")
+else:
+    server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def mcp_server(tmp_path: Path) -> Path:
+    path = tmp_path / "server.py"
+    path.write_text(SERVER)
+    return path
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def mcp_binding(kind: str, path: Path) -> AsyncIterator[dict[str, Any]]:
+    if kind == "stdio":
+        yield {"tools": ["count"], "command": [sys.executable, str(path), "stdio"]}
+        return
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(sys.executable, str(path), "http", str(port))
+    try:
+
+        async def listens() -> bool:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                return False
+            writer.close()
+            return True
+
+        await until(listens, seconds=20)
+        yield {"tools": ["count"], "mcp": f"http://127.0.0.1:{port}/mcp"}
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.mark.parametrize("kind", ["stdio", "http"])
+async def test_a_tool_of_an_mcp_server(kind: str, mcp_server: Path) -> None:
+    turns = [calling_turn(call(0, arguments='{"by": 3}'), call(1, arguments='{"by": -1}')), ANSWER]
+    model = Model(*turns)
+    async with mcp_binding(kind, mcp_server) as binding:
+        flags: dict[str, Any] = {"tools__bindings": [binding], "tools__loop__allow_networks": LOOPBACK}
+        async with in_front_of(engine_app(model.answer)[0], None, **flags) as setup:
+            answers = [await streamed(setup), await streamed(setup)]
+    for answer in answers:
+        good, bad = sorted(answer.of("tool_call.result"), key=lambda event: str(event["call_id"]))
+        assert (good["ok"], bad["ok"]) == (True, False)
+        assert bad["problem"].startswith("the tool reports an error")
+    assert [body["messages"][-2]["content"] for body in model.asked if len(body["messages"]) > 1] == ["counted 3"] * 2
+
+
+async def test_an_mcp_server_that_is_not_there() -> None:
+    model = Model(*ONCE)
+    bindings = [{"tools": ["count"], "command": ["/nonexistent/server"]}]
+    async with in_front_of(engine_app(model.answer)[0], tools__bindings=bindings) as setup:
+        answer = await streamed(setup)
+    assert answer.one("tool_call.result")["problem"].startswith("the MCP server /nonexistent/server cannot be reached")
+    assert answer.end["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [{"tools": ["a"]}, {"tools": ["a"], "url": "http://x", "mcp": "http://y"}, {"tools": ["a"], "url": "ftp://x"}],
+)
+def test_a_binding_that_cannot_work_is_refused_at_the_start(binding: Any) -> None:
+    flags = {"upstreams": [{"url": "http://vllm:8000"}], "tools.bindings": [binding]}
+    with pytest.raises(SettingsError, match=r"tools\.bindings"):
+        load_settings(environment={}, flags=flags)
