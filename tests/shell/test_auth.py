@@ -12,8 +12,10 @@ from penstock.core.errors import CallerError
 from penstock.settings import SettingsError
 from penstock.shell.auth import ANONYMOUS, Gatekeeper, Keyring, hash_key
 from penstock.shell.callers import Caller
+from penstock.shell.replay import serving as serving_engine
 from support import chunks
-from support.http_client import Json, chat
+from support.commands import serving
+from support.http_client import Json, calling, chat
 from support.sockets import raw_request, until
 from support.upstreams import Seen, Setup, engine_app, in_front_of, opened, saying, silence
 
@@ -293,3 +295,25 @@ async def test_a_key_sees_only_its_models(tmp_path: Path, models: str, seen: lis
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"data": 7}', b'{"data": [7]}', b'{"error": "no"}'])
 def test_what_is_no_list_of_models_stays_as_it_is(body: bytes) -> None:
     assert Caller("alice", Plan(models=["qwen*"])).models_in(body) == body
+
+
+async def test_a_hang_up_signal_reads_the_keys_at_once_and_stops_nothing(keys: Path) -> None:
+    """As `postrotate` of logrotate sends it, and whoever cannot wait for the next look."""
+    app, _ = engine_app(saying(*chunks.answer_of(["Hello"])))
+    environment = {"PENSTOCK_AUTH__KEYS_FILE": str(keys), "PENSTOCK_AUTH__RELOAD_SECONDS": "3600"}
+    async with (
+        serving_engine(app) as url,
+        serving("serve", "--upstream", url, "--port", "0", environment=environment) as process,
+        calling(process.url) as caller,
+    ):
+        assert (await caller.stream(headers=bearer(ALICE))).text() == "Hello"
+        write(keys, f"bob={hash_key(BOB)}\n")
+        assert (await caller.get("/v1/models", bearer(ALICE))).status == 200
+        process.hang_up()
+
+        async def is_refused() -> bool:
+            return (await caller.get("/v1/models", bearer(ALICE))).status == 401
+
+        await until(is_refused)
+        assert (await caller.stream(headers=bearer(BOB))).text() == "Hello"
+        assert process.is_running

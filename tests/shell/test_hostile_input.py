@@ -1,6 +1,7 @@
 """Hostile input over real sockets: what a model, a caller or something between them may try."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -115,8 +116,6 @@ async def test_a_body_that_is_a_trap_is_the_callers_fault(name: str, route: str)
 
 async def test_a_body_that_grows_when_it_is_unpacked_is_cut_at_the_cap() -> None:
     """Ten kilobytes that are ten megabytes: counted as they are unpacked."""
-    import gzip
-
     app, seen = engine_app(saying(*chunks.answer_of(["Hello"])))
     bomb = gzip.compress(b'{"model":"' + b"m" * 20_000_000 + b'","messages":[]}')
     assert len(bomb) < 50_000
@@ -225,7 +224,7 @@ async def exchanged(data: bytes, port: int, **tls: Any) -> bytes:
     received = b""
     try:
         while True:
-            async with asyncio.timeout(0.3):
+            async with asyncio.timeout(0.2):
                 piece = await reader.read(65536)
             if not piece:
                 break
@@ -270,8 +269,7 @@ async def test_no_request_hides_in_another_behind_a_proxy(kind: Kind, tmp_path: 
             before = seen.requests
             received = await exchanged(data, front.port, ssl=front.trusted("http/1.1"))
             assert seen.requests - before < max(1, told(received)), (name, received[:500])
-            for victim in range(2):
-                assert await asked(front, f"victim-{victim}") == f"victim-{victim}", name
+            assert await asked(front, "victim") == "victim", name
 
 
 async def echo(request: web.Request) -> web.StreamResponse:

@@ -44,6 +44,9 @@ class Serving:
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
+    def hang_up(self) -> None:
+        self._process.send_signal(signal.SIGHUP)
+
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 

@@ -15,8 +15,13 @@ from penstock.shell.replay import serving
 ISSUER, AUDIENCE = "https://login.example/", "penstock"
 
 
+# Making one takes half a second, so issuers share these; `rotate` says which of them comes next.
+_RSA_KEYS = [rsa.generate_private_key(65537, 2048) for _ in range(2)]
+
+
 class Issuer:
-    def __init__(self) -> None:
+    def __init__(self, key: int = 0) -> None:
+        self._next_key = key
         self.url = ""
         self.is_gone = False
         self.asked = 0
@@ -30,7 +35,8 @@ class Issuer:
             private: Any = ec.generate_private_key(ec.SECP256R1())
             public = ECAlgorithm.to_jwk(private.public_key(), as_dict=True)
         else:
-            private = rsa.generate_private_key(65537, 2048)
+            private = _RSA_KEYS[self._next_key % len(_RSA_KEYS)]
+            self._next_key += 1
             public = RSAAlgorithm.to_jwk(private.public_key(), as_dict=True)
         self._keys[key_id] = private
         self.published = [{**public, "kid": key_id, "use": "sig", "alg": "ES256" if elliptic else "RS256"}]
