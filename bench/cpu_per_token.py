@@ -152,13 +152,16 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    command: Sequence[str | Path], port: int, environment: dict[str, str] | None = None
+    command: Sequence[str | Path],
+    port: int,
+    environment: dict[str, str] | None = None,
+    start_seconds: float = START_SECONDS,
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that listens on `port`, ended with the block."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
         try:
-            _wait_until_listening(process, port)
+            _wait_until_listening(process, port, start_seconds)
             yield process
         except StartError as error:
             log.seek(0)
@@ -176,8 +179,8 @@ class StartError(Exception):
     """A process did not come up."""
 
 
-def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
@@ -185,7 +188,7 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int) -> None
             time.sleep(0.05)
         else:
             return
-    raise StartError(f"{process.args!r} did not listen on port {port} within {START_SECONDS:g} s")
+    raise StartError(f"{process.args!r} did not listen on port {port} within {seconds:g} s")
 
 
 def nginx(stack: ExitStack, directory: Path, upstream: Upstream) -> list[Contender]:

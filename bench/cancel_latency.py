@@ -1,0 +1,160 @@
+"""From a client's leaving, or its `DELETE`, to the engine's letting go: 500 cancels in three windows, the real vLLM.
+
+The engine (CPU build, tiny model) says it itself: its running and waiting requests and its used KV cache, read from
+its metrics as fast as it answers, some milliseconds each. `docs/explanation/cost.md` has the figures of one run.
+"""
+
+import argparse
+import asyncio
+import re
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+# The other scripts and the tests' helpers, wherever this one is started from.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bench.cpu_per_token import free_port, running  # noqa: E402
+from bench.stalled_client import percentile  # noqa: E402
+
+from support.engine import Engine, running_engine  # noqa: E402
+from support.http_client import chat  # noqa: E402
+from support.record import LONG  # noqa: E402
+from support.scripts import Script  # noqa: E402
+
+CHAT, STREAMS = "/v1/chat/completions", "/v1/streams"
+STEP_MS = 10
+GIVE_UP_SECONDS = 10.0
+_METRICS = re.compile(rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{[^}]*\} (\S+)", re.M)
+
+Body = dict[str, Any]
+
+
+class Bench:
+    """Cancels one request after the other and times the engine."""
+
+    def __init__(self, engine: Engine, penstock: str, session: aiohttp.ClientSession) -> None:
+        self._engine = engine
+        self._penstock = penstock
+        self._session = session
+        self._script = Script(engine)
+
+    async def held(self) -> tuple[float, float, float]:
+        """Running requests, waiting requests and the share of the KV cache in use."""
+        async with self._session.get(self._engine.url + "/metrics") as answer:
+            told = {name: float(value) for name, value in _METRICS.findall(await answer.read())}
+        return told[b"num_requests_running"], told[b"num_requests_waiting"], told[b"kv_cache_usage_perc"]
+
+    async def until(self, condition: Callable[[float, float, float], bool]) -> float:
+        """When it came true; a monotonic time."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while not condition(*await self.held()):
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the engine did not get there within {GIVE_UP_SECONDS:g} s: {await self.held()}")
+        return time.monotonic()
+
+    @asynccontextmanager
+    async def asked(self, route: str, body: Body) -> AsyncIterator[aiohttp.ClientResponse]:
+        url = self._penstock + route
+        async with self._session.post(url, json={**body, "stream": True}) as answer:
+            yield answer
+
+    async def cancel(self, route: str, answer: aiohttp.ClientResponse) -> float:
+        """Leaves on the chat route, deletes on the native one; returns when that began."""
+        began = time.monotonic()
+        if route == CHAT:
+            answer.close()
+        else:
+            stream = f"{self._penstock}{STREAMS}/{answer.headers['X-Stream-Id']}"
+            async with self._session.delete(stream) as deleted:
+                assert deleted.status == 204
+        return began
+
+    async def in_the_middle(self, route: str) -> float:
+        body = chat(**self._script("Hello! ", eos=False, pause_ms=STEP_MS, max_tokens=2000))
+        async with self.asked(route, body) as answer:
+            heard = b""
+            while heard.count(b"Hello") < 2:
+                heard += await answer.content.readany()
+            began = await self.cancel(route, answer)
+            return await self.until(lambda running, waiting, cache: not (running or waiting or cache)) - began
+
+    async def before_the_first_token(self, route: str) -> float:
+        prompt = f"{secrets.token_hex(8)} {LONG[:3000]}"
+        said = self._script("Hello!", pause_ms=3 * STEP_MS, messages=[{"role": "user", "content": prompt}])
+        async with self.asked(route, chat(**{**said, "max_tokens": 16})) as answer:
+            await self.until(lambda running, _waiting, _cache: running > 0)
+            began = await self.cancel(route, answer)
+            return await self.until(lambda running, waiting, cache: not (running or waiting or cache)) - began
+
+    async def in_the_queue(self, route: str) -> float:
+        """Behind a crowd that fills the engine, which the caller sees to."""
+        async with self.asked(route, chat(**self._script("Hello!"))) as answer:
+            await self.until(lambda _running, waiting, _cache: waiting == 1)
+            began = await self.cancel(route, answer)
+            return await self.until(lambda running, waiting, _cache: waiting == 0 and running == 64) - began
+
+    @asynccontextmanager
+    async def crowd(self) -> AsyncIterator[None]:
+        body = chat(**self._script("Hello! ", eos=False, pause_ms=STEP_MS, max_tokens=2000, n=64, temperature=1))
+        async with self.asked(CHAT, body):
+            await self.until(lambda running, _waiting, _cache: running == 64)
+            yield
+        await self.until(lambda running, waiting, cache: not (running or waiting or cache))
+
+
+def row(window: str, route: str, values: list[float]) -> str:
+    ms = [1000 * value for value in (statistics.median(values), percentile(values, 0.99), max(values))]
+    way = "leaves" if route == CHAT else "DELETE"
+    return f"| {window} | {way}, {route} | {len(values)} | {ms[0]:.0f} | {ms[1]:.0f} | {ms[2]:.0f} |"
+
+
+async def measure(engine: Engine, penstock: str, count: int) -> None:
+    print("| window | way | cancels | p50, ms | p99, ms | most, ms |\n|---|---|---|---|---|---|")
+    every: list[float] = []
+    timeout, connector = aiohttp.ClientTimeout(total=60), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        bench = Bench(engine, penstock, session)
+        for route in (CHAT, STREAMS):
+            share = count // 6
+            values = [await bench.before_the_first_token(route) for _ in range(share)]
+            print(row("before the first token", route, values), flush=True)
+            every += values
+            values = [await bench.in_the_middle(route) for _ in range(count // 2 - 2 * share)]
+            print(row("in the middle", route, values), flush=True)
+            every += values
+            values = []
+            while len(values) < share:
+                async with bench.crowd():  # of some 20 s
+                    values += [await bench.in_the_queue(route) for _ in range(min(40, share - len(values)))]
+            print(row("in the queue", route, values), flush=True)
+            every += values
+    print(row("all", "both", every).replace("DELETE, both", "both"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500, help="cancels in all (default 500)")
+    parser.add_argument("--plugin", choices=["off", "auto"], default="off", help="auto: tagged tokens")
+    asked = parser.parse_args()
+    # A head that does not wait for the engine, so that a client that has no token yet has its stream's id.
+    with running_engine(environment={"VLLM_PLUGINS": "penstock"}) as engine:
+        port = free_port()
+        environment = {
+            "PENSTOCK_UPSTREAMS": f"[{{url: '{engine.url}', plugin: '{asked.plugin}'}}]",
+            "PENSTOCK_TIMING__FIRST_BYTE_SECONDS": "0.01",
+        }
+        with running([sys.executable, "-m", "penstock", "serve", "--port", str(port)], port, environment):
+            asyncio.run(measure(engine, f"http://127.0.0.1:{port}", asked.count))
+
+
+if __name__ == "__main__":
+    main()
