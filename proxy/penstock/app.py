@@ -16,7 +16,7 @@ from penstock.shell.auth import Gatekeeper
 from penstock.shell.books import Books
 from penstock.shell.cluster import Cluster, Resolve
 from penstock.shell.engine import look_up
-from penstock.shell.rulebook import Rulekeeper
+from penstock.shell.police import Police
 from penstock.shell.server import Server
 from penstock.shell.stores.log import Store
 from penstock.shell.stores.memory import MemoryStore
@@ -39,7 +39,6 @@ async def running(
     tls = await asyncio.to_thread(TlsFiles.load, settings.listen.tls) if settings.listen.tls else None
     certificates = bool(settings.listen.tls and settings.listen.tls.client_ca_file)
     gatekeeper = await Gatekeeper.load(settings.auth, certificates=certificates)
-    rules = await asyncio.to_thread(Rulekeeper.load, settings.moderation)
     if gatekeeper.lets_anybody_in and not settings.is_loopback:
         _log.warning(
             "listening on %s WITHOUT API KEYS (auth.allow_anonymous): anybody who reaches this port uses the engine",
@@ -52,16 +51,16 @@ async def running(
         stack.push_async_callback(cluster.close)
         await cluster.looked_up()
         books = await stack.enter_async_context(Books.opened(settings))
+        police = await stack.enter_async_context(Police.opened(settings))
         store = _open_store(settings)
         stack.push_async_callback(store.close)
         toolbox = Toolbox(settings.tools)
         stack.push_async_callback(toolbox.close)
-        server = Server(settings, gatekeeper, cluster, telemetry, store, books, rules, toolbox)
+        server = Server(settings, gatekeeper, cluster, telemetry, store, books, police, toolbox)
         stack.push_async_callback(gatekeeper.close)
         watched: list[Reloadable] = [gatekeeper, *([tls] if tls else [])]
         looking = watch(watched, settings.auth.reload_seconds, look_now or asyncio.Event())
-        for work in (looking, rules.watch()):
-            stack.callback(asyncio.create_task(work).cancel)
+        stack.callback(asyncio.create_task(looking).cancel)
         # The handler of a caller that leaves is cancelled at once; without it aiohttp tells only at the next write.
         runner = web.AppRunner(
             server.application(),

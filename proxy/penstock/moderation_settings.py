@@ -1,10 +1,12 @@
 """The settings of moderation and its audit: a part of `settings.py`, which explains the whole."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from penstock.access_settings import UsageFile
 from penstock.core.checksums import CHECKS
 from penstock.core.rules import Action, RuleChannel
 
@@ -70,11 +72,72 @@ class PackFile(_Part):
     rules: list[RuleSettings] = Field(min_length=1)
 
 
+class ClassifierSettings(_Part):
+    """A service that judges windows of text, beside the stream (async) or before it goes out (gate)."""
+
+    url: str = Field(
+        pattern=r"https?://.+", description="where windows are posted, e.g. http://guard:8000/v1/moderations"
+    )
+    name: str = Field("", max_length=64, description="its name in events and audit; its host by default")
+    shape: Literal["openai", "guard"] = Field(
+        "openai", description="openai: the moderations API; guard: a guard model on a vLLM's chat route"
+    )
+    model: str = Field("", description="the model that is asked; a guard needs one")
+    api_key: SecretStr | None = Field(None, description="sent as bearer token")
+    mode: Literal["async", "gate"] = Field("async", description="async never holds text; gate holds it for the verdict")
+    on_failure: Literal["open", "closed"] = Field(
+        "open", description="down, slow or nonsense: open lets the text go, closed ends the stream"
+    )
+    timeout_ms: float = Field(1000, gt=0, description="time for one verdict, waiting for a turn included")
+    concurrency: int = Field(64, ge=1, description="questions at once; others wait for a turn")
+    channels: list[RuleChannel] = Field(_CHANNELS, min_length=1, description="answer, reasoning, tools")
+
+    @model_validator(mode="after")
+    def _guards_have_a_model(self) -> "ClassifierSettings":
+        if self.shape == "guard" and not self.model:
+            raise ValueError("a guard on a chat route needs `model`")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or urlsplit(self.url).netloc
+
+
+class WindowSettings(_Part):
+    """What classifiers are shown."""
+
+    chars: int = Field(240, ge=1, description="new characters of a channel after which they are asked")
+    overlap_chars: int = Field(80, ge=0, description="characters of the last window that are shown again")
+    ms: float = Field(400, gt=0, description="time after which they are asked about less")
+    gate_chars: int = Field(8192, ge=1, description="characters a gate holds; over it they count as not judged")
+
+
+class AuditFile(UsageFile):
+    path: Path = Field(description="one line of JSON for each entry; opened anew for every write")
+    days: int | None = Field(None, ge=1, description="rotated files older than this are removed; then a file is a day")
+
+
+class AuditSettings(_Part):
+    """What is written down about interventions."""
+
+    file: AuditFile | None = Field(None, description="entries as lines of JSON")
+    otlp: bool = Field(False, description="entries as OTLP logs, to where OTEL_EXPORTER_OTLP_* says")
+    text: Literal["digest", "masked", "plain"] = Field(
+        "digest", description="of what matched: a digest alone, its shape too (x and 9), or its text too"
+    )
+    key: SecretStr | None = Field(None, min_length=16, description="key of the digests; if none, drawn at every start")
+    sample: float = Field(0, ge=0, le=1, description="share of streams without an intervention that get an entry")
+
+
 class ModerationSettings(_Part):
     packs: list[PackSettings] = Field(
         default_factory=list, description="packs of rules: pii, secrets, profanity, or a YAML file of your own"
     )
     rules: list[RuleSettings] = Field(default_factory=list, description="rules of this deployment")
+    classifiers: list[ClassifierSettings] = Field(
+        default_factory=list, max_length=16, description="services that judge windows of the text"
+    )
+    window: WindowSettings = Field(WindowSettings(), description="what classifiers are shown")
     placeholder: str = Field("[redacted]", min_length=1, description="stands for what a rule without its own redacts")
     hold_chars: int = Field(
         4096, ge=16, le=65536, description="characters of a field that may be held; no rule may match more"

@@ -19,7 +19,7 @@ from penstock.access_settings import Auth, Cors, Tls, UsageSettings
 from penstock.core.channels import ReasoningPolicy
 from penstock.core.families import FAMILIES, Family, State, thinking_family
 from penstock.core.pacing import Measure, SlowClient
-from penstock.moderation_settings import ModerationSettings
+from penstock.moderation_settings import AuditSettings, ModerationSettings
 from penstock.tool_settings import Annotations, Tools
 
 _PREFIX = "PENSTOCK_"
@@ -274,6 +274,7 @@ class Settings(_Part):
         SlowClientSettings(), description="what is done about clients that read slowly"
     )
     moderation: ModerationSettings = Field(ModerationSettings(), description="rules that every answer is held against")
+    audit: AuditSettings = Field(AuditSettings(), description="what is written down about moderation")
     timing: Timing = Field(Timing(), description="times, in seconds")
     tools: Tools = Field(Tools(), description="tool calls")
     annotations: Annotations = Field(Annotations(), description="notes beside the text")

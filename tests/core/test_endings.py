@@ -31,7 +31,9 @@ from penstock.core.signals import (
     NoEngineLeft,
     StoreLost,
     TakenOver,
+    VerdictReached,
 )
+from penstock.core.verdicts import Watch, Watching
 from penstock.core.verifier import verify
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE, content, error, final_usage, finish, frame, role, tool, whole
@@ -120,6 +122,11 @@ CASES: dict[Key, Case] = {
         NoEngineLeft(EngineError("no_engine", "none", status=503), NOW), before=HEAD_SENT
     ),
     ("engine_gone", "silent, and its health check fails"): closed(EngineError("engine_stalled", "silent", status=504)),
+    ("halted", "a classifier fails, and its policy is `closed`"): Case(
+        [content("STOP", tokens=2), VerdictReached(1, 0, "failed", "", NOW)],
+        [EngineAnswered(whole({"content": "Hello STOP"}), NOW), VerdictReached(1, 0, "failed", "", NOW)],
+        bounds={"watching": Watching((Watch("guard", False, False, frozenset({"answer"})),), 4, 0, 1.0, 99)},
+    ),
     ("halted", "a rule halts"): Case(
         [content("STOP", tokens=2)],
         [EngineAnswered(whole({"content": "Hello STOP"}), NOW)],

@@ -154,7 +154,7 @@ async def test_a_sink_that_is_gone_gets_everything_when_it_is_back_and_hinders_n
             kept.add(record)
         await until(lambda: len(well.taken) == 1200)
         assert gone.taken == []
-        assert "usage records wait, 1200 of them: ConnectionError: gone" in caplog.text
+        assert "records wait, 1200 of them: ConnectionError: gone" in caplog.text
         gone.is_gone = False
         await until(lambda: len(gone.taken) == 1200)
         assert gone.taken == well.taken == [f"st_{number}" for number in range(1200)]

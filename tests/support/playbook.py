@@ -40,6 +40,7 @@ from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
 from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal, TakenOver
 from penstock.core.tool_policy import ToolRule
+from penstock.core.verdicts import Watching
 from penstock.core.verifier import Verifier, verify
 from penstock.core.wishes import ToolRelease
 from support.chunks import MODEL
@@ -180,6 +181,7 @@ def open_exchange(
     tool_rules: Sequence[ToolRule] = (),
     citations: Sequence[CitationPattern] = (),
     release: ToolRelease | None = None,
+    watching: Watching | None = None,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
@@ -203,6 +205,7 @@ def open_exchange(
         policy=policy,
         tool_rules=tool_rules,
         citations=citations,
+        watching=watching,
     )
     spell = spelling(dialect, request)
     return Exchange(request, setting, lambda usage: ReleasedCalls(spell(usage), release) if release else spell(usage))

@@ -117,6 +117,15 @@ class WakeAt:
 
 
 @dataclass(slots=True)
+class AskModerator:
+    """Ask the classifiers at these places about a text; each answers with a `VerdictReached` of the same number."""
+
+    number: int
+    text: str
+    watches: tuple[int, ...]
+
+
+@dataclass(slots=True)
 class NoteIntervention:
     """A rule did something: for the audit. The text of the match is in it, for a digest and nothing else."""
 
@@ -139,6 +148,8 @@ class RecordUsage:
     ttft_seconds: float | None
     duration_seconds: float
     unsent_bytes: int = 0
+    timeline: list[tuple[int, int, int, int]] | None = None
+    """Where the audit was asked for it: (ms, choice, characters, tokens), all counted from the stream's beginning."""
     upstream: str = ""
 
 
@@ -165,6 +176,7 @@ Command = (
     | AskAgain
     | AskEngineHealth
     | WakeAt
+    | AskModerator
     | NoteIntervention
     | RecordUsage
     | Close

@@ -13,6 +13,7 @@ BlockStatus = Literal["complete", "incomplete"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error", "other"]
 StreamStatus = Literal["completed", "failed", "cancelled", "incomplete"]
 ModerationAction = Literal["redact", "halt", "flag"]
+Opinion = Literal["pass", "violation", "failed"]
 WithheldKind = Literal["marker", "hidden", "stop", "moderation"]
 Ext = dict[str, Any]
 

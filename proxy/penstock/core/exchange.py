@@ -21,6 +21,7 @@ from penstock.core.commands import (
     AbortEngine,
     AskAgain,
     AskEngineHealth,
+    AskModerator,
     Close,
     Command,
     CutClient,
@@ -38,7 +39,7 @@ from penstock.core.commands import (
 )
 from penstock.core.dialects import NO_EXT, Ext, Spelling
 from penstock.core.engine_stream import ChatReader, refusal_message
-from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, Problem
+from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, PolicyError, Problem
 from penstock.core.events import (
     Annotation,
     EngineDone,
@@ -89,13 +90,16 @@ from penstock.core.signals import (
     ToolReturned,
     ToolTried,
     Unread,
+    VerdictReached,
 )
 from penstock.core.stop_strings import StopStrings
 from penstock.core.structured import StructuredAnswers
 from penstock.core.tagged_stream import TaggedReader
+from penstock.core.timeline import Timeline
 from penstock.core.tool_calls import ToolCalls
 from penstock.core.tool_loop import ToolLoop
 from penstock.core.tool_policy import ToolPolicy, ToolRule
+from penstock.core.verdicts import Verdicts, Watching
 from penstock.core.wishes import LoopTerms
 
 _USAGE_TICK_SECONDS = 1.0
@@ -148,6 +152,8 @@ class Setting:
     """Whether the stream goes on where its client is cut off, so that one that comes back finds it."""
     policy: Policy | None = None
     """The moderation rules for this stream; None where there are none."""
+    watching: Watching | None = None
+    """The classifiers that judge the stream; None where there are none."""
 
 
 class _Phase(Enum):
@@ -187,6 +193,12 @@ class Exchange:
         self._structured = StructuredAnswers(request.structured)
         self._loop = ToolLoop(setting.loop, request)
         self._is_running_tools = False
+        self._verdicts = Verdicts(setting.watching)
+        self._is_policed = setting.policy is not None or setting.watching is not None
+        self._awaits_verdicts = False  # the engine has said all, and a finish waits for its verdicts
+        self._engine_is_done = False
+        self._asks_at: float | None = None
+        self._timeline = Timeline() if request.audit_timeline else None
         self._accounting = Accounting()
         self._blocks = Blocks()
         self._pacing = Pacing(setting.bounds.slow_client)
@@ -259,6 +271,8 @@ class Exchange:
                 return self._annotate(signal) if isinstance(signal, Annotated) else self._run_on(signal)
             case Cancelled():
                 return self._end(Ending.CANCELLED, None, signal.now)
+            case VerdictReached():
+                return self._judge(signal)
             case Draining():
                 draining = Overloaded("draining", "this replica is shutting down; send the request again")
                 return self._fail(Ending.DRAINING, draining, signal.now)
@@ -278,17 +292,24 @@ class Exchange:
         """One read of the engine, taken all the way."""
         self._last_heard = now
         items, done, failure = self._sort(heard)
+        if self._timeline is not None:
+            self._timeline.note(items, now - self._setting.started)
         items = self._travel(items, now)
         if self._unsaid and items:
             items, self._unsaid = [*self._unsaid, *items], []
-        commands = self._interventions() + self._send(items, now)
-        if (halt := self._moderation.halted) is not None:
-            return commands + self._end(Ending.HALTED, _told(halt), now)
+        commands = self._send(items, now)
+        if self._is_policed:
+            commands = self._interventions() + commands + self._ask(now)
+            if (halt := self._halt) is not None:
+                return commands + self._end(Ending.HALTED, _told(halt), now)
         if failure is not None and self._is_untouched() and failure.status >= 500:
             return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
         if done or (self._request.stop and self._is_answered()):
+            if self._verdicts.is_waiting:
+                self._awaits_verdicts, self._engine_is_done = True, done
+                return commands
             return commands + (self._run_tools() if self._loop.is_due else self._conclude(now, engine_is_done=done))
         if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
@@ -305,6 +326,7 @@ class Exchange:
         items = self._policy.feed(items)
         items = self._citations.feed(items)
         items = self._moderation.feed(items)
+        items = self._verdicts.feed(items, now)
         items = self._structured.feed(items)
         items = self._loop.feed(items)
         items = self._accounting.feed(items)
@@ -321,10 +343,42 @@ class Exchange:
         items = self._policy.feed(self._tools.feed(items) + self._tools.flush())
         items = self._citations.feed(items) + self._citations.flush()
         items = self._moderation.feed(items) + self._moderation.flush()
+        items = self._verdicts.feed(items, self._last_heard) + self._verdicts.flush()
         return self._structured.feed(items) + self._structured.flush()
 
     def _interventions(self) -> list[Command]:
-        return [NoteIntervention(one) for one in self._moderation.take_notes()]
+        return [NoteIntervention(one) for one in self._moderation.take_notes() + self._verdicts.take_notes()]
+
+    @property
+    def _halt(self) -> PolicyError | None:
+        return self._moderation.halted or self._verdicts.halted
+
+    def _ask(self, now: float) -> list[Command]:
+        """The windows that are full, and a clock for those that are not."""
+        self._verdicts.due(now)
+        asked = self._verdicts.take_questions()
+        commands: list[Command] = [AskModerator(one.number, one.text, one.watches) for one in asked]
+        deadline = self._verdicts.deadline
+        if deadline != self._asks_at:
+            self._asks_at = deadline
+            commands.append(self._next_wake(now))
+        return commands
+
+    def _judge(self, verdict: VerdictReached) -> list[Command]:
+        """What a verdict lets go on its way, or the halt; and the end, if that was all that it waited for."""
+        now = verdict.now
+        items = self._verdicts.hear(verdict.number, verdict.watch, verdict.opinion, verdict.category)
+        items = self._loop.feed(self._structured.feed(items))
+        items = self._pacing.feed(self._blocks.feed(self._accounting.feed(items)))
+        commands = self._interventions() + self._send(items, now)
+        if (halt := self._halt) is not None:
+            return commands + self._end(Ending.HALTED, _told(halt), now)
+        if self._awaits_verdicts and not self._verdicts.is_waiting:
+            self._awaits_verdicts = False
+            if self._loop.is_due:
+                return commands + self._run_tools()
+            return commands + self._conclude(now, engine_is_done=self._engine_is_done)
+        return commands
 
     def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
         """Takes out of what was heard what concerns the whole exchange and no step."""
@@ -484,7 +538,8 @@ class Exchange:
             self._last_heard = now
             if not self._pacing.is_paused:  # its silence is our doing
                 commands.append(AskEngineHealth())
-        return [*commands, *self._pace(now), *self._wake_again(now)]
+        asks = self._ask(now) if self._is_policed else []
+        return [*commands, *asks, *self._pace(now), *self._wake_again(now)]
 
     def _wake_again(self, now: float) -> list[Command]:
         return [] if self._phase is _Phase.OVER else [self._next_wake(now)]
@@ -496,15 +551,24 @@ class Exchange:
             waiting = self._phase is _Phase.WAITING
             idle = started + bounds.first_byte_seconds if waiting else self._last_write + bounds.heartbeat_seconds
             when = min(when, idle)
-        look = self._pacing.next_look(now)
-        return WakeAt(when if look is None else min(when, look))
+        looks = (self._pacing.next_look(now), self._verdicts.deadline)
+        return WakeAt(min(when, *(look for look in looks if look is not None)) if any(looks) else when)
 
     # -- endings -----------------------------------------------------------------------------------
 
     def _engine_closed(self, signal: EngineClosed) -> list[Command]:
         items, _, _ = self._sort((self._tagged or self._reader).close())
+        if self._awaits_verdicts:
+            return []  # it had said all
         commands = self._send(self._travel(items, signal.now), signal.now)
+        if self._is_policed:
+            commands = self._interventions() + commands + self._ask(signal.now)
+            if (halt := self._halt) is not None:
+                return commands + self._end(Ending.HALTED, _told(halt), signal.now)
         problem = signal.problem
+        if problem is None and self._verdicts.is_waiting:
+            self._awaits_verdicts, self._engine_is_done = True, True
+            return commands
         if problem is None and self._loop.is_due:
             return commands + self._run_tools()
         if problem is None and self._has_finished():
@@ -624,7 +688,7 @@ class Exchange:
         reasons = self._blocks.finish_reasons
         status: StreamStatus = "incomplete" if "length" in reasons else "completed"
         held = self._blocks.feed(self._accounting.feed(self._let_go()))
-        if (halt := self._moderation.halted) is not None:
+        if (halt := self._halt) is not None:
             return self._send(held, now) + self._end(Ending.HALTED, _told(halt), now)
         abort: list[Command] = [] if engine_is_done else [AbortEngine()]
         return abort + self._finish(held, Ending.COMPLETED, status, None, now)
@@ -699,6 +763,7 @@ class Exchange:
             ttft_seconds=None if self._first_text is None else self._first_text - started,
             duration_seconds=now - started,
             unsent_bytes=unsent,
+            timeline=None if self._timeline is None else self._timeline.entries,
             upstream=self._upstream,
         )
 

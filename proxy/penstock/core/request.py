@@ -49,7 +49,18 @@ _MOST_TAGGED_CHOICES = 256
 
 OnDisconnect = Literal["cancel", "linger"]
 
-_OPTIONS = ("annotations", "family", "include_stop", "on_disconnect", "reasoning", "stop", "structured", "tools")
+_MOST_USER_TEXT = 4096
+_OPTIONS = (
+    "annotations",
+    "audit",
+    "family",
+    "include_stop",
+    "on_disconnect",
+    "reasoning",
+    "stop",
+    "structured",
+    "tools",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,11 @@ class StreamRequest:
     on_disconnect: OnDisconnect | None
     text_bytes: int
     """Bytes of text in the messages, from which the length of the prompt can be guessed."""
+    audit_timeline: bool
+    audit_masks: bool
+    """Whether the caller wants a timeline in the audit, and no text of this stream in it."""
+    last_user_text: str
+    """What a guard model is told that was asked; the first 4096 characters."""
     wants_json: bool
     """The answer is JSON, whose escapes moderation must read as what they stand for."""
     tool_release: ToolRelease | None
@@ -146,6 +162,9 @@ def read_request(
         shows_stop_token=request.get("include_stop_str_in_output") is True,
         on_disconnect=options.get("on_disconnect"),
         text_bytes=_text_bytes(request["messages"]),
+        audit_timeline=options.get("audit", {}).get("timeline", False),
+        audit_masks=options.get("audit", {}).get("mask", False),
+        last_user_text=_last_user_text(request["messages"]),
         wants_json=_wants_json(request),
         tool_release=tool_release_of(options),
         runs_tools=runs_tools_of(options),
@@ -190,6 +209,8 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
             raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(OnDisconnect))}")
         if name == "family" and not isinstance(value, str):
             raise _wrong(name, "must be the name of a model family")
+        if name == "audit" and not _is_audit_options(value):
+            raise _wrong(name, "must be an object of `timeline` and `mask`, each true or false")
         if name == "include_stop" and not isinstance(value, bool):
             raise _wrong(name, "must be true or false")
         if name == "stop" and not _is_stop_list(value):
@@ -241,6 +262,21 @@ def _text_bytes(messages: list[Any]) -> int:
         texts = (part.get("text") for part in parts if isinstance(part, dict))
         size += sum(utf8_size(text) for text in texts if isinstance(text, str))
     return size
+
+
+def _is_audit_options(value: Any) -> bool:
+    known = isinstance(value, dict) and value.keys() <= {"timeline", "mask"}
+    return known and all(isinstance(wish, bool) for wish in value.values())
+
+
+def _last_user_text(messages: list[Any]) -> str:
+    for message in reversed(messages):
+        if isinstance(message, dict) and message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            return "\n".join(texts)[:_MOST_USER_TEXT]
+    return ""
 
 
 def _wants_json(request: dict[str, Any]) -> bool:

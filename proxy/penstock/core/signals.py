@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.core.errors import Problem
+from penstock.core.events import Opinion
 from penstock.core.frames import Record
 from penstock.core.tagged_stream import TaggedReader
 
@@ -164,6 +165,17 @@ class TakenOver:
 
 
 @dataclass(slots=True)
+class VerdictReached:
+    """What the classifier at place `watch` thinks of the text of question `number`."""
+
+    number: int
+    watch: int
+    opinion: Opinion
+    category: str
+    now: float
+
+
+@dataclass(slots=True)
 class Broke:
     """A fault of our own in handling this stream."""
 
@@ -196,6 +208,7 @@ Signal = (
     | Draining
     | StoreLost
     | TakenOver
+    | VerdictReached
     | Broke
     | ClockTicked
 )

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import assert_never
 
 from penstock.core.commands import (
     AbortEngine,
     AskAgain,
     AskEngineHealth,
+    AskModerator,
     Close,
     Command,
     CutClient,
@@ -27,7 +28,16 @@ from penstock.core.commands import (
 from penstock.core.errors import EngineError
 from penstock.core.events import Intervention
 from penstock.core.exchange import Exchange
-from penstock.core.signals import Broke, ClientBacklog, ClientLeft, ClockTicked, Draining, EngineClosed, Signal
+from penstock.core.signals import (
+    Broke,
+    ClientBacklog,
+    ClientLeft,
+    ClockTicked,
+    Draining,
+    EngineClosed,
+    Signal,
+    VerdictReached,
+)
 from penstock.shell.client import ClientGone
 from penstock.shell.sources import Source
 from penstock.shell.streams import Outlet
@@ -55,6 +65,7 @@ class Driver:
         record: Callable[[RecordUsage], None],
         holds: Callable[[int], None],
         note: Callable[[Intervention], None],
+        judge: Callable[[AskModerator, int], Awaitable[VerdictReached]],
         carry_on: Callable[[RunTools | AskAgain], None] | None = None,
     ) -> None:
         self._exchange = exchange
@@ -66,6 +77,7 @@ class Driver:
         self._holds = holds
         self._note = note
         self._carry_on = carry_on
+        self._judge = judge
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -163,6 +175,9 @@ class Driver:
                     self._in_background(self._ask_engine_health())
                 case RecordUsage():
                     self._record(command)
+                case AskModerator():
+                    for watch in command.watches:
+                        self._in_background(self._ask_moderator(command, watch))
                 case NoteIntervention():
                     self._note(command.intervention)
                 case _:
@@ -300,6 +315,9 @@ class Driver:
         if not await self._source.is_healthy():
             message = "the engine has gone silent in the middle of its answer and its health check fails"
             self._take(EngineClosed(EngineError("engine_stalled", message, status=504), self._loop.time()))
+
+    async def _ask_moderator(self, question: AskModerator, watch: int) -> None:
+        self._take(await self._judge(question, watch))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._quietly(work))

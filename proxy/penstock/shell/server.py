@@ -16,7 +16,6 @@ from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Dialect, Form, Spelling, native, openai_chat
 from penstock.core.dialects.tool_release import ReleasedCalls
 from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
-from penstock.core.events import Intervention
 from penstock.core.exchange import Bounds, Exchange, Setting
 from penstock.core.families import Family, choose_family
 from penstock.core.notes import read_note
@@ -26,6 +25,7 @@ from penstock.core.tagged_stream import TaggedReader
 from penstock.core.wishes import LoopTerms
 from penstock.settings import Settings
 from penstock.shell.admission import RETRY, Admission, Place, read_body
+from penstock.shell.audit import StreamAudit
 from penstock.shell.auth import OPEN_ROUTES, Gatekeeper, caller_of
 from penstock.shell.books import Account, Books
 from penstock.shell.callers import Caller
@@ -34,8 +34,8 @@ from penstock.shell.cluster import Cluster, Wish, no_engine
 from penstock.shell.cors import WebPages
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
+from penstock.shell.police import Police
 from penstock.shell.resume import Resume, Terms, read_terms
-from penstock.shell.rulebook import Rulekeeper
 from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, Source, TaggedAnswer
 from penstock.shell.stores.log import Claim, Store, StreamInfo
 from penstock.shell.streams import LiveStream, Streams
@@ -69,13 +69,13 @@ class Server:
         telemetry: Telemetry,
         store: Store,
         books: Books,
-        rules: Rulekeeper,
+        police: Police,
         toolbox: Toolbox,
     ) -> None:
         self._settings = settings
         self._toolbox = toolbox
         self._books = books
-        self._rules = rules
+        self._police = police
         self._gatekeeper = gatekeeper
         self._pages = WebPages(settings.listen.cors, only_loopback=settings.is_loopback)
         self.cluster = cluster
@@ -222,7 +222,9 @@ class Server:
                 source, answer_to, self._toolbox, trace.run_tool, self._settings.tools.loop.concurrency
             )
             source, carry_on = looped, looped.carry_on
-        policy = self._rules.choose(request.model, stream.principal)
+        policy = self._police.rules.choose(request.model, stream.principal)
+        digest = policy.digest if policy is not None else None
+        audited = self._police.audit.begin(stream_id, stream.principal, request, trace, digest)
         setting = replace(self._setting(stream, family, request, trace, policy), loop=loop)
         exchange = Exchange(request, setting, lambda usage: spell(stream_id, request, usage))
         return Driver(
@@ -231,9 +233,10 @@ class Server:
             source,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
-            record=lambda record: self._record(account, trace, record),
+            record=lambda record: self._record(account, trace, audited, record),
             holds=place.wait,
-            note=lambda done: self._note(stream_id, done),
+            note=audited.note,
+            judge=lambda question, watch: self._police.moderator.ask(question, watch, request),
             carry_on=carry_on,
         )
 
@@ -335,6 +338,7 @@ class Server:
             policy=policy,
             tool_rules=self._settings.tools.rules_for(stream.principal),
             citations=self._settings.annotations.patterns,
+            watching=self._police.moderator.watching,
         )
 
     def _resumable_until(self) -> int | None:
@@ -342,10 +346,8 @@ class Server:
         seconds = self._settings.store.retention_seconds
         return int((time.time() + seconds) * 1000) if seconds else None
 
-    def _note(self, stream_id: str, done: Intervention) -> None:
-        _log.info("stream %s moderation: %s by the rule %s (%s)", stream_id, done.action, done.rule, done.category)
-
-    def _record(self, account: Account, trace: StreamTrace, record: RecordUsage) -> None:
+    def _record(self, account: Account, trace: StreamTrace, audited: StreamAudit, record: RecordUsage) -> None:
+        audited.end(record)
         trace.finish(record)
         account.end(record)
 

@@ -21,6 +21,7 @@ from opentelemetry.util.types import AttributeValue
 
 from penstock import __version__
 from penstock.core.commands import Ending, RecordUsage
+from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
 
@@ -127,6 +128,16 @@ class StreamTrace:
             self._settle(self._client, record)
         self._server.set_attribute("penstock.ending", record.ending.value)
         self._settle(self._server, record)
+
+    def moderated(self, done: Intervention) -> None:
+        """An event of the server span; the audit's entry names the span."""
+        told: dict[str, AttributeValue] = {
+            "penstock.rule": done.rule,
+            "penstock.action": done.action,
+            "penstock.category": done.category,
+            "penstock.choice": done.choice,
+        }
+        self._server.add_event("penstock.moderation", told)
 
     def fetch(self, stream_id: str) -> None:
         """Ends the server span of a request that is answered from the log of another one."""

@@ -100,7 +100,7 @@ def usage_record(ended: RecordUsage, bill: Bill, *, stream_id: str, trace: Strea
 
 
 class Sink(Protocol):
-    async def write(self, records: Sequence[UsageRecord]) -> None:
+    async def write(self, records: Sequence[Any]) -> None:
         """All of them or, where it raises, none."""
 
     async def close(self) -> None: ...
@@ -111,7 +111,7 @@ class UsageRecords:
 
     def __init__(self, settings: UsageSettings, sinks: Sequence[Sink]) -> None:
         self.bill: Bill = settings.bill
-        self._lines = [_Line(sink) for sink in sinks]
+        self._lines = [Line(sink) for sink in sinks]
 
     def add(self, record: UsageRecord) -> None:
         for line in self._lines:
@@ -128,17 +128,17 @@ class UsageRecords:
             line.close()
 
 
-class _Line:
-    """What waits for one sink."""
+class Line:
+    """What waits for one sink: records that are data classes."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._waiting: deque[UsageRecord] = deque()
+        self._waiting: deque[Any] = deque()
         self._has_work = asyncio.Event()
         self._is_closing = False
         self._loop = asyncio.get_running_loop()
 
-    def add(self, record: UsageRecord) -> None:
+    def add(self, record: Any) -> None:
         if len(self._waiting) >= _MOST_WAITING:
             self._give_up(self._waiting.popleft())
         self._waiting.append(record)
@@ -169,7 +169,7 @@ class _Line:
             try:
                 await self._sink.write(batch)
             except Exception as error:  # whatever a full disk or a store that is gone may raise
-                _log.error("usage records wait, %d of them: %s: %s", len(self._waiting), type(error).__name__, error)
+                _log.error("records wait, %d of them: %s: %s", len(self._waiting), type(error).__name__, error)
                 return False
             for record in batch:  # the front may have been given up meanwhile
                 if self._waiting and self._waiting[0] is record:
@@ -177,12 +177,16 @@ class _Line:
         return True
 
     @staticmethod
-    def _give_up(record: UsageRecord) -> None:
-        _log.error("a usage record could not be written: %s", line_of(record).decode().rstrip())
+    def _give_up(record: Any) -> None:
+        _log.error("a record could not be written: %s", line_of(record).decode().rstrip())
 
 
-def line_of(record: UsageRecord) -> bytes:
-    return orjson.dumps(asdict(record), option=orjson.OPT_APPEND_NEWLINE)
+def line_of(record: Any) -> bytes:
+    """Its fields as JSON; an audit entry leaves out those that it does not have."""
+    values = asdict(record)
+    if not isinstance(record, UsageRecord):
+        values = {name: value for name, value in values.items() if value is not None}
+    return orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
 
 
 # --- The sinks ----------------------------------------------------------------------------------------
@@ -195,17 +199,17 @@ class FileSink:
         self._settings = settings
 
     @classmethod
-    def checked(cls, settings: UsageFile) -> "FileSink":
+    def checked(cls, settings: UsageFile, key: str = "usage.file.path") -> "FileSink":
         """Raises `SettingsError` where the file cannot be written. Blocks."""
         sink = cls(settings)
         try:
             sink.append(b"")
         except OSError as error:
             remedy = "give a file in a folder that Penstock may write to"
-            raise SettingsError(f"usage.file.path: {settings.path}: {error.strerror}; {remedy}") from None
+            raise SettingsError(f"{key}: {settings.path}: {error.strerror}; {remedy}") from None
         return sink
 
-    async def write(self, records: Sequence[UsageRecord]) -> None:
+    async def write(self, records: Sequence[Any]) -> None:
         await asyncio.to_thread(self.append, b"".join(map(line_of, records)))
 
     async def close(self) -> None: ...
@@ -214,7 +218,7 @@ class FileSink:
         """All of it or, where it raises, nothing: half a line would spoil the next one too."""
         path, most = self._settings.path, self._settings.rotate_bytes
         if most and path.exists() and path.stat().st_size + len(data) > most and path.stat().st_size:
-            self._rotate(path)
+            self.rotate()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
         try:
             before = os.fstat(descriptor).st_size
@@ -228,7 +232,8 @@ class FileSink:
         finally:
             os.close(descriptor)
 
-    def _rotate(self, path: Path) -> None:
+    def rotate(self) -> None:
+        path = self._settings.path
         for number in range(self._settings.keep - 1, 0, -1):
             older = _numbered(path, number)
             if older.exists():
