@@ -56,7 +56,7 @@ class Proxy:
 @asynccontextmanager
 async def proxy(kind: Kind, penstock_url: str, folder: Path, idle: str = "120s") -> AsyncIterator[Proxy]:
     """The proxy of the documented file, with `idle` in the place of its time-out of 120 s."""
-    port = _free_port()
+    port = free_port()
     certificate = await asyncio.to_thread(_certificate, folder)
     text = await asyncio.to_thread(FILES[kind].read_text)
     config = folder / FILES[kind].name
@@ -119,7 +119,7 @@ def _certificate(folder: Path) -> Path:
     return certificate
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -129,6 +129,11 @@ class StreamLog:
                 break
         return taken, first
 
+    def break_off(self) -> None:
+        """It is not to be read any further: readers are cut off, and may find it elsewhere."""
+        self.earliest = self.last + 2
+        self._wake()
+
     def forget_oldest(self, size: int) -> int:
         """Drops entries from the start, at least `size` bytes of them where there are so many; tells how many."""
         dropped = count = 0

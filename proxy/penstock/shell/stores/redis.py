@@ -145,7 +145,9 @@ class RedisStore:
         self._something_to_write = asyncio.Event()
         self._mirrors: dict[str, _Mirror] = {}
         self._down_until = 0.0
+        self._disowned: set[str] = set()  # streams that went on without Redis, and that Redis still knows
         self._loop = asyncio.get_running_loop()
+        self._judges_from = self._loop.time() + settings.lease_seconds
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._on_word: OnWord = lambda _word, _stream_id, _seconds: None
         self._on_lost: OnLost = lambda _info, _record: None
@@ -288,6 +290,7 @@ class RedisStore:
     def _lose(self, log: RedisLog, draft: _Draft) -> None:
         """Redis does not have it: this log goes on in memory, or its stream ends, as the setting says."""
         log.is_replicated = False
+        self._disowned.add(log.info.stream_id)
         log.commit(draft)
         if not log.is_over:
             log.lost(self._settings.on_failure == "end")
@@ -296,6 +299,8 @@ class RedisStore:
         if self._loop.time() >= self._down_until:
             _log.error("the store does not answer: %s; streams are resumable at their own replica only", error)
         self._down_until = self._loop.time() + _RETRY_SECONDS
+        # The others could not renew their leases either.
+        self._judges_from = self._loop.time() + self._settings.lease_seconds
 
     async def _create_alone(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
         if self._settings.on_failure == "end":
@@ -410,9 +415,10 @@ class RedisStore:
         while True:
             try:
                 await self._say_alive()
+                await self._disown()
                 await self._watch_mirrors()
                 replicas: Any = await self._redis.smembers(self._name("replicas"))
-                for replica in replicas:
+                for replica in replicas if self._loop.time() >= self._judges_from else ():
                     await self._look_after(replica.decode())
             except (RedisError, OSError) as error:
                 self._is_down(error)
@@ -428,9 +434,22 @@ class RedisStore:
         pipe.expire(self._at(self.replica, "open"), self._lifetime)
         await pipe.execute()
 
+    async def _disown(self) -> None:
+        """What went on without Redis is not whole there: nobody shall follow it, nor end it."""
+        for stream_id in list(self._disowned):
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.delete(self._name(stream_id, "meta"), self._name(stream_id, "log"))
+            pipe.srem(self._at(self.replica, "open"), stream_id)
+            await pipe.execute()
+            self._disowned.discard(stream_id)
+
     async def _watch_mirrors(self) -> None:
         for stream_id, mirror in list(self._mirrors.items()):
-            if mirror.readers:
+            if not await self._redis.exists(self._name(stream_id, "meta")):
+                del self._mirrors[stream_id]
+                self.local.drop(stream_id)
+                mirror.break_off()
+            elif mirror.readers:
                 await self.tell(stream_id, mirror.info.principal, "watch")
 
     async def _look_after(self, replica: str) -> None:
