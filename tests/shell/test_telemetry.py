@@ -14,10 +14,12 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
 from penstock import __version__
 from penstock.shell import telemetry
+from penstock.shell.replay import serving
 from support import chunks
 from support.http_client import FOLDED, chat
 from support.otlp_receiver import CLIENT, ERROR, OK, SERVER, Receiver, receiving
 from support.sockets import raw_request, until
+from support.tools import COUNT, CountingService, Model, call, calling_turn
 from support.upstreams import (
     Handler,
     answering,
@@ -293,3 +295,27 @@ async def test_spans_go_over_grpc_too(monkeypatch: pytest.MonkeyPatch) -> None:
         await setup.caller.stream(**replayed("plain"))
     server.stop(grace=None).wait()
     assert (receiver.of_kind(SERVER).status, receiver.of_kind(CLIENT).status) == (OK, OK)
+
+
+async def test_tools_that_are_run_here_and_the_turns_around_them_are_one_trace(receiver: Receiver) -> None:
+    service, model = CountingService(), Model(calling_turn(call(0)), HELLO)
+    async with serving(service.app()) as url:
+        flags: dict[str, Any] = {
+            "tools__bindings": [{"tools": ["count"], "url": f"{url}/tool"}],
+            "tools__loop__allow_networks": ["127.0.0.0/8"],
+        }
+        async with in_front_of(engine_app(model.answer)[0], None, **flags) as setup:
+            answer = await setup.caller.stream(tools=[COUNT])
+    assert answer.one("tool_call.result")["ok"]
+    spans = receiver.spans
+    assert sorted(span.name for span in spans) == ["POST /v1/streams", "chat tiny", "chat tiny", "execute_tool count"]
+    server = receiver.of_kind(SERVER)
+    run = next(span for span in spans if span.name == "execute_tool count")
+    assert {span.trace_id for span in spans} == {server.trace_id}
+    assert run.parent_id == server.span_id
+    assert run.attributes == {
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": "count",
+        "gen_ai.tool.call.id": "c0",
+    }
+    assert service.headers[0]["traceparent"].split("-")[1:3] == [server.trace_id, run.span_id]
