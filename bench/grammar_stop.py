@@ -1,32 +1,31 @@
 """What structured answers cost in tokens on the real engine: without a stop of ours, the scheduler's, the processor's.
 
-    .venv/bin/python bench/grammar_stop.py [BACK_END …]
+    .venv-vllm/bin/python bench/grammar_stop.py [BACK_END …]
 
-The tiny model of `examples/tiny_vllm` answers the same requests each way, under each back end (two engine starts
-a back end, some 40 s each). For each case it prints the mean number of tokens, why the answers ended, and
-how many values are the same as without a stop; every value that ended is checked to be valid.
+Run by the engine's interpreter. The tiny model of `examples/tiny_vllm` answers the same requests each way, under each
+back end (two engines a back end, one after the other). For each case it prints the mean number of tokens, why the
+answers ended, and how many values are the same as without a stop; every value that ended is checked to be valid.
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
-from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
-
-from support.engine import Engine, running_engine  # noqa: E402
+sys.path[:0] = [str(ROOT / "examples" / "tiny_vllm")]
 
 BACK_ENDS: Final = ("xgrammar", "guidance", "outlines")
 MOST_TOKENS: Final = 200
-DRAWS: Final = 20
+DRAWS: Final = 40
 
 Json = dict[str, Any]
 
@@ -67,88 +66,108 @@ CASES: Final = (
         matches(r"[0-9]{2}(\n\n[0-9]{2})?"),
     ),
 )
-OFF: Final = {"vllm_xargs": {"grammar_stop": 0, "white_space_run": 0}}
+OFF: Final = {"grammar_stop": 0, "white_space_run": 0}
 
 
 @dataclass(frozen=True)
 class Answer:
     text: str
     reason: str
-    stop: str | None
+    stop: str | int | None
     tokens: int
 
 
-def ask(engine: Engine, case: Case, temperature: float, seed: int, more: Json) -> Answer:
-    body = {
-        "model": engine.model,
-        "messages": [{"role": "user", "content": "A value, please."}],
-        "max_tokens": MOST_TOKENS,
-        "temperature": temperature,
-        "seed": seed,
-        "chat_template_kwargs": {"enable_thinking": False},
-        "structured_outputs": case.constraint,
-        **more,
-    }
-    request = Request(
-        f"{engine.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urlopen(request, timeout=120) as response:
-        answer = json.load(response)
-    [choice] = answer["choices"]
-    return Answer(
-        choice["message"]["content"],
-        choice["finish_reason"],
-        choice["stop_reason"],
-        answer["usage"]["completion_tokens"],
+# -- within an engine ------------------------------------------------------------------------------------
+
+
+def measure(back_end: str, ways: list[str]) -> Json:
+    """The answers of each way and case, at temperature 0 and 1."""
+    serve = import_module("serve")
+    os.environ.update(serve.ENVIRONMENT, VLLM_PLUGINS="penstock", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ["PENSTOCK_GRAMMAR_STOP"] = "off" if ways == ["processor"] else "on"
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    engine = LLM(
+        model=str(serve.model_directory()),
+        max_model_len=512,
+        dtype="float32",
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        structured_outputs_config={"backend": back_end},
+        logits_processors=["penstock_vllm.grammar_processor:GrammarStop"],
     )
 
+    def answers(case: Case, temperature: float, given: Json) -> list[Answer]:
+        wanted = [
+            SamplingParams(
+                temperature=temperature,
+                seed=seed,
+                max_tokens=MOST_TOKENS,
+                structured_outputs=StructuredOutputsParams(**case.constraint),
+                extra_args=given,
+            )
+            for seed in range(DRAWS if temperature else 1)
+        ]
+        outputs = engine.generate(["A value, please."] * len(wanted), wanted, use_tqdm=False)
+        firsts = [output.outputs[0] for output in outputs]
+        return [Answer(one.text, one.finish_reason, one.stop_reason, len(one.token_ids)) for one in firsts]
 
-@contextmanager
-def engine_with(back_end: str, **environment: str) -> Iterator[Engine]:
-    chosen = json.dumps({"backend": back_end})
-    arguments = ("--structured-outputs-config", chosen, "--reasoning-parser", "")
-    with running_engine(*arguments, environment={"VLLM_PLUGINS": "penstock", **environment}) as engine:
-        yield engine
+    told: Json = {}
+    for way in ways:
+        for case in cases_of(back_end):
+            for temperature in (0, 1):
+                some = answers(case, temperature, OFF if way == "none" else {})
+                told[f"{way} {case.name} {temperature}"] = [vars(one) for one in some]
+    return told
 
 
-def measure(engine: Engine, case: Case, more: Json) -> dict[float, list[Answer]]:
-    return {
-        0.0: [ask(engine, case, 0, 0, more)],
-        1.0: [ask(engine, case, 1, seed, more) for seed in range(DRAWS)],
-    }
+# -- the table -------------------------------------------------------------------------------------------
 
 
-def report(
-    back_end: str, case: Case, way: str, answers: dict[float, list[Answer]], plain: dict[float, list[Answer]]
-) -> None:
-    for temperature, some in answers.items():
+def cases_of(back_end: str) -> list[Case]:
+    return [case for case in CASES if back_end != "outlines" or "grammar" not in case.constraint]
+
+
+def told_by(back_end: str, *ways: str) -> Json:
+    command = [sys.executable, __file__, "--within", back_end, *ways]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"})
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    told: Json = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def report(back_end: str, case: Case, temperature: int, told: Json) -> None:
+    plain = [Answer(**one) for one in told[f"none {case.name} {temperature}"]]
+    for way in ("none", "scheduler and guard", "processor"):
+        some = [Answer(**one) for one in told[f"{way} {case.name} {temperature}"]]
         whole = [answer for answer in some if answer.reason == "stop"]
         if broken := [answer for answer in whole if not case.is_valid(answer.text.rstrip())]:
             sys.exit(f"{way} cut a value: {broken[0]}")
-        pairs = list(zip(some, plain[temperature], strict=True))
-        both = [(one, other) for one, other in pairs if one.reason == other.reason == "stop"]
+        both = [(one, other) for one, other in zip(some, plain, strict=True) if one.reason == other.reason == "stop"]
         same = sum(one.text.rstrip() == other.text.rstrip() for one, other in both)
-        causes = Counter(answer.stop or ("eos" if answer.reason == "stop" else "max_tokens") for answer in some)
-        tokens = fmean(answer.tokens for answer in some)
+        causes = Counter(cause_of(answer) for answer in some)
         named = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        print(
-            f"| {back_end} | {case.name} | {temperature:g} | {way} | {tokens:.1f} | {named} | {same}/{len(both)} |",
-            flush=True,
-        )
+        tokens = fmean(answer.tokens for answer in some)
+        print(f"| {back_end} | {case.name} | {temperature} | {way} | {tokens:.1f} | {named} | {same}/{len(both)} |")
+
+
+def cause_of(answer: Answer) -> str:
+    return "max_tokens" if answer.reason == "length" else "grammar" if answer.stop == "grammar" else "eos"
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--within"]:
+        print(json.dumps(measure(sys.argv[2], sys.argv[3:])))
+        return
     print("| back end | case | T | stop | tokens | causes | same value |\n|---|---|---|---|---|---|---|")
     for back_end in sys.argv[1:] or BACK_ENDS:
-        cases = [case for case in CASES if back_end != "outlines" or "grammar" not in case.constraint]
-        with engine_with(back_end) as engine:
-            plain = {case.name: measure(engine, case, OFF) for case in cases}
-            scheduler = {case.name: measure(engine, case, {}) for case in cases}
-        with engine_with(back_end, PENSTOCK_GRAMMAR_STOP="off") as engine:
-            processor = {case.name: measure(engine, case, {}) for case in cases}
-        for case in cases:
-            for way, answers in (("none", plain), ("scheduler and guard", scheduler), ("processor", processor)):
-                report(back_end, case, way, answers[case.name], plain[case.name])
+        told = {**told_by(back_end, "none", "scheduler and guard"), **told_by(back_end, "processor")}
+        for case in cases_of(back_end):
+            for temperature in (0, 1):
+                report(back_end, case, temperature, told)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

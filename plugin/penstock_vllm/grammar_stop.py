@@ -232,16 +232,19 @@ class Ends:
                 bits[number // 32] |= numpy.uint32(1 << (number % 32))
         return bits
 
-    def left(self, backend: Any, grammar: Any, ends: tuple[int, ...]) -> "str":
-        """What the grammar allows beside `ends`: "nothing", "white space" or "text"."""
+    def left(self, backend: Any, grammar: Any, ends: tuple[int, ...]) -> tuple[str, int | None]:
+        """What the grammar allows beside `ends`: "nothing", "white space" or "text", and a token of that text."""
         if self._buffer is None:
             self._buffer = backend.allocate_token_bitmask(1)
         self._buffer.fill_(0)
         grammar.fill_bitmask(self._buffer, 0)
         row = self._buffer[0].numpy().view("uint32") & ~self._bits(ends)
         if not row.any():
-            return "nothing"
-        return "text" if (row & ~self._bits(self._white)).any() else "white space"
+            return "nothing", None
+        text = row & ~self._bits(self._white)
+        word = int(text.argmax())
+        bits = int(text[word])
+        return ("text", word * 32 + (bits & -bits).bit_length() - 1) if bits else ("white space", None)
 
     def text(self, ids: list[int]) -> str:
         """Raises `UnclearError` where the ids are no whole characters."""
@@ -269,7 +272,7 @@ def _machine(kind: str, source: str) -> Machine | None:
 class _Value:
     """The structured value of one request while it is generated."""
 
-    __slots__ = ("_backend", "_ends", "_from", "_readings", "_seen", "accepted", "is_ending", "watched")
+    __slots__ = ("_backend", "_ends", "_from", "_readings", "_seen", "_text", "accepted", "is_ending", "watched")
 
     def __init__(self, ends: Ends, manager: Any, request: Any) -> None:
         self._ends = ends
@@ -283,6 +286,7 @@ class _Value:
         self._from: range | None = None if gated else range(1)
         self._readings: dict[int, Reading] | None = None
         self._seen = 0
+        self._text: int | None = None
         self.accepted: bool | None = None
         self.is_ending = False
         wanted = (request.sampling_params.extra_args or {}).get(REQUEST_SETTING, 1)
@@ -334,7 +338,10 @@ class _Value:
             return not matcher.is_error()
         if grammar.validate_tokens([end]) != [end]:
             return False
-        left = self._ends.left(self._backend.backend, grammar, self._ends.end_ids(parameters))
+        # A number that may grow may mostly grow by the same digit again: asked that, no mask is needed.
+        if self._text is not None and grammar.validate_tokens([self._text]):
+            return False
+        left, self._text = self._ends.left(self._backend.backend, grammar, self._ends.end_ids(parameters))
         if left == "white space":
             return request.num_output_tokens >= parameters.min_tokens and self._ends_in_white_space(request)
         # Even before min_tokens: there is no token left that the grammar would take.
