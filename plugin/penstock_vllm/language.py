@@ -15,8 +15,9 @@ Ranges = tuple[tuple[int, int], ...]
 
 LAST: Final = 0x10FFFF
 MOST_STATES: Final = 20_000
-MOST_STEPS: Final = 40_000
-"""States visited while one text is read: some 20 ms, which an engine step may have to wait for once."""
+MOST_STEPS: Final = 10_000
+"""States visited while one text is read, some three a character: an engine step may have to wait for that once, and a
+text of 400 characters took 6 ms on a busy machine (`bench/grammar_processor.py`)."""
 
 
 class UnclearError(Exception):
