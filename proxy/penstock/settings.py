@@ -263,6 +263,42 @@ class Timing(_Part):
     closing_seconds: float = Field(10, gt=0, description="time that a client gets to take the last bytes")
 
 
+class PreparedSettings(_Part):
+    """An answer that no engine is asked for."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="its name; stream.start names answers/<id> as upstream")
+    question: str = Field(min_length=1, description="regular expression of the whole last question, in any case")
+    text: str = Field(min_length=1, description="the answer; $model and $NAME of a group (?P<NAME>...) are filled in")
+    models: list[str] = Field(default_factory=lambda: ["*"], description="shell patterns of model names")
+    words_per_second: float = Field(30, gt=0, description="how fast it is told")
+
+    @model_validator(mode="after")
+    def _is_a_pattern(self) -> "PreparedSettings":
+        try:
+            re.compile(self.question)
+        except re.error as error:
+            raise ValueError(f"question {self.question!r} is no regular expression: {error}") from None
+        return self
+
+
+# Passed through as they are, these would go by moderation, limits and the bill, or let callers at the plugin.
+_NEVER_PASSED = re.compile(
+    r"/(v1/(chat|completions|responses|messages|models|schema|streams|ws|penstock)|v2/|inference/|invocations|generate"
+    r"|healthz|readyz|metrics|console)(/|$)?"
+)
+
+
+def _passed_route(route: str) -> str:
+    if not re.fullmatch(r"(GET|POST) (/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+", route):
+        raise ValueError("must be a method and a path, such as POST /tokenize")
+    if _NEVER_PASSED.match(route.split()[1]):
+        raise ValueError(
+            "is a route of Penstock itself, or one that answers with generated text, which must not go by moderation, "
+            "limits and usage"
+        )
+    return route
+
+
 class Settings(_Part):
     listen: Listen = Field(Listen(), description="where clients connect")
     upstreams: list[Upstream] = Field(min_length=1, description="the vLLM servers")
@@ -279,6 +315,12 @@ class Settings(_Part):
     tools: Tools = Field(Tools(), description="tool calls")
     annotations: Annotations = Field(Annotations(), description="notes beside the text")
     routing: Routing = Field(Routing(), description="which of several engines answers")
+    passthrough: list[Annotated[str, AfterValidator(_passed_route)]] = Field(
+        default_factory=list, description="other routes of the engines to pass on, such as POST /tokenize"
+    )
+    answers: list[PreparedSettings] = Field(
+        default_factory=list, description="answers to known questions, told without an engine; the first that fits"
+    )
     store: StoreSettings = Field(
         StoreSettings(), description="the logs that streams are resumed from, and what replicas share"
     )

@@ -46,6 +46,15 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
         {"upstream": {"url": "http://vllm:8000"}, "auth": {"allowAnonymous": True}},
         with_values(
             {
+                "upstream": {"url": "http://vllm.models.svc:8000", "discover": "dns", "zone": "a"},
+                "moreUpstreams": [{"url": "http://vllm-b:8000", "zone": "b", "weight": 2}],
+                "routing": {"zone": "a", "affinity": "prefix"},
+                "passthrough": ["POST /tokenize"],
+                "answers": [{"id": "hours", "question": "when .*open.*", "text": "From nine to five."}],
+            }
+        ),
+        with_values(
+            {
                 "upstream": {"name": "main", "running_usage": False, "parses_tools": False},
                 "reasoning": "hide",
                 "families": {"planner": {"models": ["planner*"], "reasoning": {"open": "<p>", "close": "</p>"}}},
@@ -60,7 +69,7 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
             }
         ),
     ],
-    ids=["keys", "anonymous", "changed"],
+    ids=["keys", "anonymous", "cluster", "changed"],
 )
 def test_penstock_accepts_the_settings_of_the_chart(values: Values, tmp_path: Path) -> None:
     checked = check_config(render_chart(values), tmp_path)

@@ -52,8 +52,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- with .Values.cors.origins -}}
 {{- $_ := set $listen "cors" (dict "origins" .) -}}
 {{- end -}}
-{{- $settings := dict "listen" $listen "upstreams" (list .Values.upstream) "auth" $auth -}}
-{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing") -}}
+{{- $settings := dict "listen" $listen "upstreams" (concat (list .Values.upstream) .Values.moreUpstreams) "auth" $auth -}}
+{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing" "routing" "passthrough" "answers") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
 

@@ -43,6 +43,15 @@ def least_tokens(body: bytes, count: Counter | None) -> int:
     return sum(_least(text.strip(), count) for text in _texts(request["messages"]))
 
 
+def last_question(body: bytes) -> str:
+    """The text of the last message, if it is the user's; else empty."""
+    messages = orjson.loads(body)["messages"]
+    last = messages[-1] if messages else None
+    if not isinstance(last, dict) or last.get("role") != "user":
+        return ""
+    return " ".join(_texts([last])).strip()
+
+
 def _least(text: str, count: Counter | None) -> int:
     if count is None:
         return len(text.split()) // _WORDS_A_TOKEN

@@ -16,6 +16,8 @@ from enum import Enum
 from hashlib import blake2b
 from urllib.parse import urlsplit
 
+import orjson
+
 from penstock.core.detokenize import Vocabulary
 from penstock.core.errors import CallerError, EngineError
 from penstock.core.prompt import least_tokens, prefix_key
@@ -28,6 +30,8 @@ _log = logging.getLogger("penstock")
 Resolve = Callable[[str], Awaitable[list[str]]]
 """A name's addresses. Raises `OSError` where there is no answer."""
 
+# An engine that hangs must not keep the others' models from being listed.
+_LIST_SECONDS = 5.0
 # How soon an engine in doubt is asked again, and the least time between two questions.
 _DOUBT_SECONDS = 1.0
 _BREATH_SECONDS = 0.2
@@ -261,6 +265,19 @@ class Cluster:
             if member.is_leaving and member.in_flight == 0:
                 self._close_soon(member)
 
+    async def list_models(self, authorization: Callable[[Engine], Mapping[str, str]]) -> tuple[int, str, bytes]:
+        """Status, type and body of `/v1/models`: an only engine's own, or what all engines list, each model once."""
+        members = [member for member in self.members if member.checks.is_healthy] or self.members
+        if not members:
+            raise no_engine()
+        asked = [member.engine.get("v1/models", authorization(member.engine), _LIST_SECONDS) for member in members]
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        answers = [answer for answer in told if not isinstance(answer, BaseException)]
+        if not answers:
+            raise next(error for error in told if isinstance(error, BaseException))
+        lists = [answer for answer in answers if answer[0] == 200]
+        return (lists or answers)[0] if len(lists) < 2 else (200, "application/json", _merged(lists))
+
     def window(self, model: str) -> int | None:
         """The largest context window of this model in tokens; None unless every engine has said what it serves."""
         windows: list[int | None] = []
@@ -420,6 +437,17 @@ class Cluster:
         if load is not None:
             running, member.waiting = load
             member.others = max(0, running + member.waiting - member.in_flight)
+
+
+def _merged(lists: list[tuple[int, str, bytes]]) -> bytes:
+    cards: dict[str, object] = {}
+    for _, _, body in lists:
+        try:
+            for card in orjson.loads(body)["data"]:
+                cards.setdefault(str(card["id"]), card)
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            continue
+    return orjson.dumps({"object": "list", "data": list(cards.values())})
 
 
 async def _close(member: Member) -> None:

@@ -76,7 +76,9 @@ class Engine:
         return self._base.port
 
     @asynccontextmanager
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def request(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The engine's answer, whatever its status; leaving the block closes the connection if it is not read out.
 
         Raises `EngineError` where the engine cannot be reached or the connection breaks, inside the block too.
@@ -85,16 +87,16 @@ class Engine:
         try:
             # A file is sent in pieces; aiohttp warns of as much in one write, which would hold up all other streams.
             data = body if len(body) <= _LARGE_BYTES else io.BytesIO(body)
-            async with self._session.post(self._base.joinpath(path), data=data, headers=merged) as answer:
+            async with self._session.request(method, self._base.joinpath(path), data=data, headers=merged) as answer:
                 self.note(answer.status < 500)
                 yield answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self.note(False)
             raise _problem(error, self.label) from error
 
-    async def get(self, path: str, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
+    async def get(self, path: str, headers: Mapping[str, str], seconds: float = 30.0) -> tuple[int, str, bytes]:
         """Status, content type and body of a small answer. Raises `EngineError`."""
-        timeout = aiohttp.ClientTimeout(total=30)
+        timeout = aiohttp.ClientTimeout(total=seconds)
         merged = {**self._authorization(headers), **headers}
         try:
             async with self._session.get(self._base.joinpath(path), headers=merged, timeout=timeout) as answer:

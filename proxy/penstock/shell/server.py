@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from importlib import resources
 
@@ -30,11 +31,13 @@ from penstock.shell.auth import OPEN_ROUTES, Gatekeeper, caller_of
 from penstock.shell.books import Account, Books
 from penstock.shell.callers import Caller
 from penstock.shell.client import ClientConnection
-from penstock.shell.cluster import Cluster, Wish, no_engine
+from penstock.shell.cluster import Cluster
 from penstock.shell.cors import WebPages
 from penstock.shell.driver import Driver
 from penstock.shell.engine import Engine
+from penstock.shell.passthrough import Passthrough
 from penstock.shell.police import Police
+from penstock.shell.prepared import prepare
 from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.sources import Answer, ClusterAnswer, PlainAnswer, Source, TaggedAnswer
 from penstock.shell.stores.log import Claim, Store, StreamInfo
@@ -82,6 +85,8 @@ class Server:
         self._telemetry = telemetry
         self._families: tuple[Family, ...] = settings.all_families()
         self._admission = Admission(settings.limits)
+        self._prepared = prepare(settings.answers)
+        self._passthrough = Passthrough(settings, cluster, self._admission, self._passed_authorization)
         self.store = store
         self._streams = Streams()
         self._resume = Resume(settings, self._streams, store)
@@ -104,6 +109,7 @@ class Server:
                 web.get("/v1/schema", self._show_schema),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
+                *self._passthrough.routes(),
             ]
         )
         return app
@@ -212,8 +218,9 @@ class Server:
                 headers = self._engine_headers(http, trace, asked, request_id, engine)
                 return self._ask(engine, request_id, family, asked, headers)
 
+            prepared = next((found for one in self._prepared if (found := one.answer(asked)) is not None), None)
             wish = self.cluster.wish(http.headers, asked)
-            return ClusterAnswer(self.cluster, wish, ask, self._settings.routing.retries)
+            return prepared or ClusterAnswer(self.cluster, wish, ask, self._settings.routing.retries)
 
         loop = self._loop_terms(http, stream, request)
         source, carry_on = answer_to(request, 0), None
@@ -399,11 +406,7 @@ class Server:
     # -- the rest ----------------------------------------------------------------------------------
 
     async def _models(self, http: web.Request) -> web.Response:
-        member = self.cluster.choose(Wish(""))
-        if member is None:
-            raise no_engine()
-        headers = self._passed_authorization(http, member.engine)
-        status, content_type, body = await member.engine.get("v1/models", headers)
+        status, content_type, body = await self.cluster.list_models(partial(self._passed_authorization, http))
         return web.Response(status=status, body=caller_of(http).models_in(body), content_type=content_type)
 
     async def _show_schema(self, _http: web.Request) -> web.Response:

@@ -104,7 +104,7 @@ class PlainAnswer:
     async def _listen(self, ear: Ear) -> Signal:
         """Everything the engine says; returns the last thing to tell about it."""
         try:
-            async with self._engine.post(self._path, self._body, self._headers) as answer:
+            async with self._engine.request("POST", self._path, self._body, self._headers) as answer:
                 self._answer = answer
                 if answer.status != 200:
                     error = await read_up_to(answer, _MOST_ERROR_BYTES)
