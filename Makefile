@@ -7,14 +7,24 @@ VLLM_VERSION ?= 0.32.0
 ENGINE ?= replay
 FUZZ_SECONDS ?= 120
 
-.PHONY: help demo test servers check lint types imports soak bench engine clean
+# In the window, before the grammar stop, and before routes could be loaded: what `make test-versions` runs on each.
+OLDER_VERSIONS ?= 0.31.0 0.28.0 0.25.0
+VERSION_TESTS_0.31.0 := tests/plugin tests/end_to_end/test_tagged.py tests/end_to_end/test_versions.py \
+	tests/properties/test_detokenize.py tests/properties/test_tagger.py
+VERSION_TESTS_0.28.0 := tests/plugin/test_on_the_engine.py tests/plugin/test_sidecar_gone.py \
+	tests/end_to_end/test_tagged.py tests/end_to_end/test_versions.py
+VERSION_TESTS_0.25.0 := tests/end_to_end/test_versions.py
+
+.PHONY: help demo test servers check lint types imports soak test-versions test-version bench bench-front-end engine clean
 
 help:
 	@echo "make demo              stream an answer in the terminal, from an embedded engine"
 	@echo "make demo ENGINE=vllm  the same from the real vLLM (CPU) and a tiny model made on the spot"
 	@echo "make test              everything that must pass: lint, types, import contracts, tests with the real engine"
 	@echo "make soak              the long runs: many more generated cases"
+	@echo "make test-versions     the plugin on older versions of vLLM, really run"
 	@echo "make bench             the figures, in ratios from one run"
+	@echo "make bench-front-end   the same for vLLM's front end with and without the plugin"
 
 demo: $(VENV)/.installed
 ifeq ($(ENGINE),vllm)
@@ -48,6 +58,18 @@ soak: servers $(VENV)/.installed-test engine
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	cd tests && for border in fuzz/corpus/*; do \
 	  ../$(BIN)/python -m fuzz.coverage_guided $$(basename $$border) $(FUZZ_SECONDS) || exit 1; done
+
+# Older versions of vLLM, each in an environment of its own: what works on them is what the window promises.
+test-versions:
+	@for version in $(OLDER_VERSIONS); do \
+	  $(MAKE) --no-print-directory test-version VLLM_VERSION=$$version ENGINE_VENV=.venv-vllm-$$version || exit 1; \
+	done
+
+test-version: $(VENV)/.installed-test engine
+	PENSTOCK_VLLM_PYTHON=$(CURDIR)/$(ENGINE_VENV)/bin/python $(BIN)/python -m pytest $(VERSION_TESTS_$(VLLM_VERSION))
+
+bench-front-end: $(VENV)/.installed-test engine
+	$(BIN)/python bench/front_end.py
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/cpu_per_token.py

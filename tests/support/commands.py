@@ -47,6 +47,9 @@ class Serving:
     def hang_up(self) -> None:
         self._process.send_signal(signal.SIGHUP)
 
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 

@@ -37,6 +37,8 @@ class PluginClient:
         self.records: dict[int, list[Record]] = {}
         self.refusals: dict[int, Json] = {}
         self.messages = 0
+        self.heard_at: list[float] = []
+        """When each message came, by the loop's clock."""
         self._numbers = 0
         self._heard = asyncio.Condition()
 
@@ -55,6 +57,7 @@ class PluginClient:
         async for message in self.socket:
             async with self._heard:
                 self.messages += 1
+                self.heard_at.append(asyncio.get_running_loop().time())
                 if message.type is aiohttp.WSMsgType.TEXT:
                     refusal = message.json()
                     self.refusals[refusal["stream"]] = refusal

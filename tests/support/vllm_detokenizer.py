@@ -10,8 +10,6 @@ millisecond.
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from support.engine import ROOT, interpreter
+from support.vllm_process import VllmProcess, answering_in_vllm, vllm_process
 
 
 @dataclass(frozen=True)
@@ -37,48 +35,25 @@ class Case:
 
 
 class VllmDetokenizer:
-    """Asks the process. One question at a time."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: VllmProcess) -> None:
         self._process = process
 
     def load(self, name: str, tokenizer_json: Path) -> str:
         """Loads a tokenizer as vLLM does and returns what it writes back as its `tokenizer.json`."""
-        answer: str = self._ask({"load": name, "file": str(tokenizer_json)})
+        answer: str = self._process.ask({"load": name, "file": str(tokenizer_json)})
         return answer
 
     def texts(self, cases: Sequence[Case]) -> list[list[str]]:
         """What vLLM adds to the text at each step of each case."""
-        answer: list[list[str]] = self._ask({"cases": [asdict(case) for case in cases]})
+        answer: list[list[str]] = self._process.ask({"cases": [asdict(case) for case in cases]})
         return answer
-
-    def _ask(self, question: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"vLLM's detokeniser ended with status {self._process.wait()}")
-        return json.loads(line)
 
 
 @contextmanager
 def vllm_detokenizer() -> Iterator[VllmDetokenizer]:
     """The process, from its start to its end. Raises `EngineUnavailable` without vLLM's interpreter."""
-    command = [str(interpreter()), "-m", "support.vllm_detokenizer"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT / "tests",
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    ) as process:
-        try:
-            yield VllmDetokenizer(process)
-        finally:
-            process.kill()
+    with vllm_process("support.vllm_detokenizer") as process:
+        yield VllmDetokenizer(process)
 
 
 # --- In vLLM's interpreter ----------------------------------------------------------------------------
@@ -125,7 +100,5 @@ def answer_all(questions: IO[str], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What vLLM prints while it is imported must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    answer_all(sys.stdin, answers)
+    with answering_in_vllm() as channel:
+        answer_all(sys.stdin, channel)
