@@ -172,7 +172,7 @@ def _operation(text: str | None) -> dict[str, Any]:
     """A message as the contract has it, or `ContractError`."""
     try:
         operation = json.loads(text) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         operation = None
     if not isinstance(operation, dict) or operation.get("op") not in ("open", "abort"):
         raise ContractError("a message is JSON text with an op of open or abort")

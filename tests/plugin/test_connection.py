@@ -8,14 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from penstock.core.frames import Begin, End, EngineFailed, Finish, Record, Tokens, read_message
-from penstock_vllm.channels import Tables
+from penstock_vllm.channels import FamilyError, Table, Tables
 from penstock_vllm.chat import Chat, ChatDoor, Refusal, refuse_if_text_is_needed, with_own_id
-from penstock_vllm.connection import Connection
+from penstock_vllm.connection import Connection, ContractError, _operation
+from penstock_vllm.frames import LARGEST_STREAM
 from penstock_vllm.streams import OpenStreams, Stream
 from support.reference_tagger import FakeVocabulary
 from support.sockets import until
+from support.strategies import thorough
 
 FAMILY = {"start": "answer", "states": {"answer": {"channel": "answer", "on": {}}}}
 NOT_FOUND = {"error": {"message": "no such model", "type": "NotFoundError", "param": "model", "code": 404}}
@@ -382,3 +386,54 @@ def test_vllms_own_load_counts_a_stream_while_it_runs() -> None:
     assert state.server_load_metrics == 0
     with ChatDoor(SimpleNamespace(state=SimpleNamespace())).counted():
         pass
+
+
+# --- Whatever a sidecar may send --------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+names = st.sampled_from(["start", "states", "a", "b", "channel", "on", "otherwise", "headers", "answer", "markup", "("])
+family_parts = st.recursive(
+    names | json_values,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@st.composite
+def operations(draw: st.DrawFn) -> str:
+    """Something like an operation, as a text."""
+    parts = {
+        "op": st.sampled_from(["open", "abort", "dance"]),
+        "stream": st.integers(-1, 2**32) | json_values,
+        "request": json_values,
+        "headers": json_values,
+        "family": family_parts,
+    }
+    return json.dumps({name: draw(part) for name, part in parts.items() if draw(st.booleans())})
+
+
+@thorough(300)
+@given(operations() | json_values.map(json.dumps) | st.text(max_size=40))
+@example("[" * 100_000)
+@example('{"op": "open", "stream": 1, "request": ' + '{"a": ' * 5_000 + "1" + "}" * 5_000 + "}")
+def test_a_message_is_an_operation_or_breaks_the_contract(text: str) -> None:
+    try:
+        operation = _operation(text)
+    except ContractError:
+        return
+    assert operation["op"] in ("open", "abort")
+    assert 1 <= operation["stream"] <= LARGEST_STREAM
+
+
+@thorough(300)
+@given(st.dictionaries(names, family_parts, max_size=3) | family_parts.filter(lambda part: isinstance(part, dict)))
+def test_a_family_is_compiled_or_refused(family: Any) -> None:
+    try:
+        table = Table(family, FakeVocabulary([b"a", b"<"]))
+    except FamilyError:
+        return
+    assert [number for _, run in table.tagger((0, 1)).feed([0, 1, 0]) for number in run][:1] in ([0], [])
