@@ -7,13 +7,12 @@ VLLM_VERSION ?= 0.32.0
 ENGINE ?= replay
 FUZZ_SECONDS ?= 120
 
-# In the window, before the grammar stop, and before routes could be loaded: what `make test-versions` runs on each.
-OLDER_VERSIONS ?= 0.31.0 0.28.0 0.25.0
+# In the window, and before the grammar stop: what `make test-versions` runs on each.
+OLDER_VERSIONS ?= 0.31.0 0.28.0
 VERSION_TESTS_0.31.0 := tests/plugin tests/end_to_end/test_tagged.py tests/end_to_end/test_versions.py \
 	tests/properties/test_detokenize.py tests/properties/test_tagger.py
 VERSION_TESTS_0.28.0 := tests/plugin/test_on_the_engine.py tests/plugin/test_sidecar_gone.py \
 	tests/end_to_end/test_tagged.py tests/end_to_end/test_versions.py
-VERSION_TESTS_0.25.0 := tests/end_to_end/test_versions.py
 
 .PHONY: help demo test servers check lint types imports soak test-versions test-version bench bench-front-end engine clean
 

@@ -17,7 +17,7 @@ from support.sidecar import Sidecar, sidecar
 
 pytestmark = pytest.mark.engine
 
-FIRST_WITH_ROUTES, FIRST_WITH_GRAMMAR_STOP = (0, 26), (0, 30)
+FIRST_WITH_GRAMMAR_STOP = (0, 30)
 
 
 @pytest.fixture
@@ -40,11 +40,6 @@ async def version(engine: Engine) -> tuple[int, int]:
 async def test_the_hooks_that_are_on_and_one_line_for_each_that_is_not(engine: Engine, direct: Caller) -> None:
     answer = await direct.get("/v1/penstock/capabilities")
     said = re.findall(r"penstock: (.*)", await asyncio.to_thread(engine.log.read_text, errors="replace"))
-    if await version(engine) < FIRST_WITH_ROUTES:
-        assert answer.status == 404
-        assert [line for line in said if "cannot load routes" in line] == said
-        assert len(said) == 1
-        return
     has_grammar_stop = await version(engine) >= FIRST_WITH_GRAMMAR_STOP
     assert answer.json["hooks"] == {"output_tap": True, "grammar_stop": has_grammar_stop}
     assert len([line for line in said if line.startswith("grammar_stop is off")]) == (not has_grammar_stop)
@@ -56,10 +51,10 @@ async def test_vllms_own_route_answers_as_without_the_plugin(direct: Caller, scr
     assert answer.json["choices"][0]["message"]["content"] == THINKING
 
 
-async def test_penstock_takes_what_there_is(engine: Engine, penstock: Sidecar, script: Script) -> None:
+async def test_penstock_reads_tagged_tokens(penstock: Sidecar, script: Script) -> None:
     plugin = penstock.server.cluster.members[0].engine.plugin
     assert plugin is not None
-    assert (plugin.vocabulary is not None) is (await version(engine) >= FIRST_WITH_ROUTES)
+    assert plugin.vocabulary is not None
     async with calling(penstock.url) as caller:
         answer = await caller.stream(NDJSON, **script(THINKING))
     assert answer.end["status"] == "completed"

@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -92,8 +93,10 @@ class Engine:
     model = "tiny"
     parsed_model = "tiny-parsed"
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, unix_socket: Path | None = None) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.unix_socket = unix_socket
+        """Where it listens instead, if it was started with `--uds`."""
         self.log = log
         self._process = process
         self._tokens: Tokens | None = None
@@ -175,9 +178,22 @@ class Engine:
             return
 
     def _get(self, path: str) -> bytes:
+        if self.unix_socket is not None:
+            return _get_over(self.unix_socket, path)
         with urlopen(self.url + path, timeout=10) as response:
             content: bytes = response.read()
         return content
+
+
+def _get_over(unix_socket: Path, path: str) -> bytes:
+    connection = HTTPConnection("vllm", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    try:
+        connection.sock.connect(str(unix_socket))
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
 
 
 def interpreter() -> Path:
@@ -238,7 +254,8 @@ def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, s
             env={**os.environ, **environment},
             start_new_session=True,
         )
-    return Engine(process, port, log)
+    unix_socket = Path(arguments[arguments.index("--uds") + 1]) if "--uds" in arguments else None
+    return Engine(process, port, log, unix_socket)
 
 
 def wait_until_healthy(engine: Engine) -> None:

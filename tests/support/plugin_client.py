@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -85,10 +86,11 @@ class PluginClient:
 
 
 @asynccontextmanager
-async def connected(url: str, **options: Any) -> AsyncIterator[PluginClient]:
+async def connected(url: str, *, unix_socket: Path | None = None, **options: Any) -> AsyncIterator[PluginClient]:
     """A client that listens. `options` are those of aiohttp's `ws_connect`."""
+    connector = aiohttp.UnixConnector(str(unix_socket)) if unix_socket is not None else None
     async with (
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(connector=connector) as session,
         session.ws_connect(f"{url}/v1/penstock/streams", params={"frames": "1"}, **options) as socket,
     ):
         client = PluginClient(socket)
