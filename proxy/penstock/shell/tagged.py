@@ -18,7 +18,7 @@ from yarl import URL
 from penstock.core.detokenize import Vocabulary
 from penstock.core.errors import EngineError
 from penstock.core.families import Family
-from penstock.core.frames import VERSION, End, EngineFailed, FrameError, Lost, Record, Tokens, read_message
+from penstock.core.frames import VERSION, End, EngineFailed, FrameError, Lost, Record, read_message
 
 _log = logging.getLogger("penstock")
 
@@ -191,7 +191,7 @@ class PluginConnection:
             return await answer.read()
 
     def _gather(self, records: list[Record]) -> None:
-        """Puts the records of each stream together, runs of one channel into one.
+        """Puts the records of each stream together.
 
         Messages that have come already are read without a turn of the loop, so a sidecar that is behind walks once
         through all steps that wait, and writes once: it catches up. One that keeps up has one step at a time.
@@ -200,11 +200,10 @@ class PluginConnection:
         if not waiting:
             asyncio.get_running_loop().call_soon(self._hand_out)
         for record in records:
+            # Not joined to the run before, though it may be one: how its tokens are counted would depend on our haste.
             own = waiting.get(record.stream)
             if own is None:
                 waiting[record.stream] = [record]
-            elif isinstance(record, Tokens) and isinstance(last := own[-1], Tokens) and _is_one_run(last, record):
-                last.ids += record.ids
             else:
                 own.append(record)
 
@@ -234,10 +233,6 @@ class PluginConnection:
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.broke(EngineError("engine_gone", f"the connection to the plugin in {self._label} broke"))
-
-
-def _is_one_run(last: Tokens, record: Tokens) -> bool:
-    return last.choice == record.choice and last.tag is record.tag
 
 
 class _NoPluginError(Exception):
