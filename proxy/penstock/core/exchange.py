@@ -639,7 +639,7 @@ class Exchange:
 
     def _change_engine(self, chosen: EngineChosen) -> list[Command]:
         self._upstream, self._tagged = chosen.upstream, chosen.tagged
-        self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices)
+        self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices, self._request.engine_stops)
         self._begun, self._gave_up, self._last_heard = None, None, chosen.now
         self._ext.clear()
         return []
