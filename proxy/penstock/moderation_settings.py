@@ -108,7 +108,7 @@ class WindowSettings(_Part):
 
     chars: int = Field(240, ge=1, description="new characters of a channel after which they are asked")
     overlap_chars: int = Field(80, ge=0, description="characters of the last window that are shown again")
-    ms: float = Field(400, gt=0, description="time after which they are asked about less")
+    ms: float = Field(150, gt=0, description="time after which they are asked about less")
     gate_chars: int = Field(8192, ge=1, description="characters a gate holds; over it they count as not judged")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from penstock.core.citations import CitationPattern
 from penstock.core.commands import Ending, NoteIntervention
 from penstock.core.events import Intervention
 from penstock.core.signals import Cancelled, EngineAnswered
@@ -273,3 +274,10 @@ def test_a_rule_for_other_models_and_keys_does_not_apply() -> None:
     assert book.choose("big-1", "bob") is not None
     assert book.choose("big-1", "eve") is None
     assert book.choose("small", "bob") is None
+
+
+def test_what_a_citation_quotes_is_text_too() -> None:
+    pattern = CitationPattern("[", "]", r"(?P<source>[^\[\]]+)")
+    outcome = play(None, answer_of(list("see [Project Zephyr] now")), policy=policy(CODENAME), citations=[pattern])
+    assert outcome.one("annotation")["data"] == {"marker": "[[redacted]]", "text": "[redacted]", "source": "[redacted]"}
+    assert "Zephyr" not in outcome.data.decode()

@@ -13,6 +13,7 @@ import orjson
 
 from penstock.core.errors import PolicyError
 from penstock.core.events import (
+    Annotation,
     Channel,
     EngineUsage,
     Event,
@@ -138,10 +139,30 @@ class Moderation:
                 self._settle(item.choice, out)
                 item.logprobs = item.token_ids = None
                 self._pass(item, out)
+            case Annotation() if item.inline and item.choice is not None:
+                item.data = self._judged_note(item, out)
+                self._pass(item, out)
             case Extra() if item.choice is not None:
                 self._scrub(item, out)
             case _:
                 out.append(item)
+
+    def _judged_note(self, item: Annotation, out: list[Event]) -> dict[str, Any]:
+        """What a citation quotes is the model's text, and comes whole: a string that matches is replaced whole."""
+        scanner = self._policy.scanner("answer") if self._policy else None
+        data = dict(item.data)
+        for name, value in data.items():
+            if scanner is None or not _has_text(value) or self.halted is not None:
+                continue
+            text = value if isinstance(value, str) else orjson.dumps(value).decode()
+            lane = _Lane(self, scanner, item.choice or 0, f"annotation:{item.kind}", _nothing, json=False)
+            told: list[Event] = []
+            lane.feed(text, 0, Text(0, Channel.ANSWER, text), told)
+            lane.settle(told)
+            out += [event for event in told if isinstance(event, Moderated)]
+            if lane.changed:
+                data[name] = "".join(event.text for event in told if isinstance(event, Text))
+        return data
 
     def _pass(self, item: Event, out: list[Event]) -> None:
         if self.halted is None:
