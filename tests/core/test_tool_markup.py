@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +212,24 @@ def test_arguments_of_a_megabyte(piece: int) -> None:
     text = f"<tool_call><function=f><parameter=a>{'>' * size}</parameter></function></tool_call>"
     outcome = said([text[at : at + piece] for at in range(0, len(text), piece)], "qwen3")
     assert outcome.one("tool_call.ready")["arguments"] == {"a": ">" * size}
+
+
+# --- Calls that the engine has read itself, as it says them -----------------------------------------
+
+OPENAI = (Path(__file__).parent.parent / "vectors" / "openai" / "tool_calls.sse").read_bytes()
+LOCATION: Json = {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}
+
+
+def test_openais_own_stream_however_it_is_cut() -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": LOCATION}}
+    body = {**ask(), "tools": [tool]}
+    first_calls = OPENAI.index(b"Paris") + 400  # the whole of it is some seconds long; what follows is alike
+    cuts = [[position] for position in range(OPENAI.index(b"tool_calls"), first_calls, 8)]
+    for cut in [*cuts, *(list(range(size, len(OPENAI), size)) for size in (1, 2, 3, 64))]:
+        outcome = play(body, [OPENAI], cuts=cut)
+        calls = [(event["call_id"], event["arguments"]) for event in outcome.all_of("tool_call.ready")]
+        assert calls == [
+            ("call_DdmO9pD3xa9XTPNJ32zg2hcA", {"location": "Paris, France"}),
+            ("call_62136354", {"location": "Bogotá, Colombia"}),
+        ]
+        assert outcome.finishes()[0]["reason"] == "tool_calls"
