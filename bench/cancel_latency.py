@@ -65,6 +65,8 @@ class Bench:
     async def asked(self, route: str, body: Body) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self._penstock + route
         async with self._session.post(url, json={**body, "stream": True}) as answer:
+            if answer.status != 200:
+                raise SystemExit(f"refused: {answer.status} {await answer.text()}")
             yield answer
 
     async def cancel(self, route: str, answer: aiohttp.ClientResponse) -> float:
@@ -89,8 +91,8 @@ class Bench:
 
     async def before_the_first_token(self, route: str) -> float:
         prompt = f"{secrets.token_hex(8)} {LONG[:3000]}"
-        said = self._script("Hello!", pause_ms=3 * STEP_MS, messages=[{"role": "user", "content": prompt}])
-        async with self.asked(route, chat(**{**said, "max_tokens": 16})) as answer:
+        said = self._script("Hello! ", eos=False, pause_ms=3 * STEP_MS, messages=[{"role": "user", "content": prompt}])
+        async with self.asked(route, chat(**{**said, "max_tokens": 200})) as answer:
             await self.until(lambda running, _waiting, _cache: running > 0)
             began = await self.cancel(route, answer)
             return await self.until(lambda running, waiting, cache: not (running or waiting or cache)) - began

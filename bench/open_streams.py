@@ -148,7 +148,7 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if most < needed:
         raise SystemExit(f"{needed} open files are needed and {most} allowed; raise `ulimit -Hn`, or ask for fewer")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asyncio.run(run(asked.streams, asked.pause))
 
 
