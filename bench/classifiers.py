@@ -58,6 +58,10 @@ async def judge(request: web.Request) -> web.Response:
     return web.json_response({"results": [{"flagged": "VIOLATION" in text, "categories": {}}]})
 
 
+async def healthy(_request: web.Request) -> web.Response:
+    return web.Response()
+
+
 async def ask(session: aiohttp.ClientSession, url: str, content: str) -> float:
     """When the last byte came."""
     body = {"model": "m", "messages": [{"role": "user", "content": content}]}
@@ -70,7 +74,7 @@ async def ask(session: aiohttp.ClientSession, url: str, content: str) -> float:
 async def main() -> None:
     engine = Engine()
     engine_app, judge_app = web.Application(), web.Application()
-    engine_app.add_routes([web.post("/v1/chat/completions", engine.chat), web.get("/health", lambda _: web.Response())])
+    engine_app.add_routes([web.post("/v1/chat/completions", engine.chat), web.get("/health", healthy)])
     judge_app.add_routes([web.post("/v1/moderations", judge)])
     async with AsyncExitStack() as stack:
         engine_url = await stack.enter_async_context(serving(engine_app))
