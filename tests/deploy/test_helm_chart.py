@@ -100,6 +100,10 @@ def test_every_object_carries_the_release_in_its_name_and_namespace() -> None:
         ({"auth": {"keys": {"alice": f"{KEY_HASH} gold"}}}, "/auth/keys/alice"),
         ({"cors": {"origins": ["https://app.example/"]}}, "/cors/origins/0"),
         ({"limits": {"without_store": "open"}}, "/limits/without_store"),
+        ({"store": {"retention_seconds": -1}}, "/store/retention_seconds"),
+        ({"store": {"memory_bytes": 1024}}, "/store/memory_bytes"),
+        ({"store": {"on_failure": "wait"}}, "/store/on_failure"),
+        ({"store": {"url": "redis://:secret@r"}}, "additional properties 'url' not allowed"),
         ({"tls": {"cert": "x"}}, "additional properties 'cert' not allowed"),
         ({"otel": {"endpoint": "collector:4317"}}, "/otel/endpoint"),
         ({"extraEnv": [{"name": "A", "value": 1}]}, "/extraEnv/0/value"),
@@ -167,6 +171,7 @@ def test_settings_come_from_the_values() -> None:
         "routing": {},
         "passthrough": [],
         "answers": [],
+        "store": {"retention_seconds": 300, "linger_seconds": 60, "memory_bytes": 268435456, "on_failure": "continue"},
     }
 
 
@@ -182,7 +187,7 @@ def test_config_is_merged_over_the_rest() -> None:
     assert settings["limits"]["stream_seconds"] == 5
     assert settings["limits"]["buffer_bytes"] == 262144
     assert settings["limits"]["line_bytes"] == 1048576
-    assert settings["store"] == {"url": "redis://r"}
+    assert (settings["store"]["url"], settings["store"]["retention_seconds"]) == ("redis://r", 300)
 
 
 def test_config_can_switch_something_off() -> None:
@@ -317,7 +322,10 @@ def test_https_in_the_pod_and_its_probes() -> None:
 
 
 def test_the_shared_redis_comes_from_a_secret() -> None:
-    deployment = only(render_chart(with_values({"store": {"existingSecret": "redis"}})), "Deployment")
+    documents = render_chart(with_values({"store": {"existingSecret": "redis", "on_failure": "end"}}))
+    assert "existingSecret" not in settings_of(documents)["store"]
+    assert settings_of(documents)["store"]["on_failure"] == "end"
+    deployment = only(documents, "Deployment")
     (variable,) = container_of(deployment)["env"]
     assert variable["name"] == "PENSTOCK_STORE__URL"
     assert variable["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "url"}

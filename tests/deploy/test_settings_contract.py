@@ -66,6 +66,7 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
                     "keys": {"bob": "sha256:" + "a" * 64 + " plan=gold expires=2030-01-01T00:00:00Z"},
                 },
                 "cors": {"origins": ["https://app.example"]},
+                "store": {"retention_seconds": 0, "linger_seconds": 1.5, "memory_bytes": 65536, "on_failure": "end"},
             }
         ),
     ],

@@ -54,6 +54,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- $settings := dict "listen" $listen "upstreams" (concat (list .Values.upstream) .Values.moreUpstreams) "auth" $auth -}}
 {{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing" "routing" "passthrough" "answers") -}}
+{{- $_ := set $settings "store" (omit .Values.store "existingSecret" "existingSecretKey") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
 
