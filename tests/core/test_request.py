@@ -62,7 +62,7 @@ def test_a_body_that_is_no_request(data: bytes, code: str, param: str | None, me
         (
             {"stops": ["x"]},
             "penstock.stops",
-            "the options are annotations, audit, family, include_stop, on_disconnect",
+            "the options are annotations, audit, continue, family, include_stop, on_disconnect",
         ),
         ({"reasoning": "shown"}, "penstock.reasoning", "is 'shown'; it must be one of separate, hide, inline"),
         ({"reasoning": []}, "penstock.reasoning", "it must be one of separate, hide, inline"),
@@ -201,6 +201,7 @@ def test_a_bare_request() -> None:
         wants_token_ids=False,
         shows_stop_token=False,
         on_disconnect=None,
+        continues=None,
         text_bytes=0,
         audit_timeline=False,
         audit_masks=False,

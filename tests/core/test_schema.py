@@ -48,7 +48,7 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "events.md"
 SIZES = dict.fromkeys(("generated", "added", "delivered", "marker", "hidden", "stop", "moderation"), 0)
 # Every event that a dialect has to spell, with every optional field and without any.
 SPOKEN: list[ClientEvent] = [
-    StreamStarted("tiny", 2, "vllm", "4bf92f3577b34da6a3ce929d0e0e4736", "chatcmpl-1", 5),
+    StreamStarted("tiny", 2, "vllm", "4bf92f3577b34da6a3ce929d0e0e4736", "chatcmpl-1", 5, continues="st_1"),
     StreamStarted("tiny", 1, "vllm", None),
     Role(0, "assistant"),
     BlockStarted(0, 0, Channel.REASONING),

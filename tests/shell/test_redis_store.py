@@ -1,6 +1,7 @@
 """Several replicas and a real Redis: any of them takes a stream up, and one that dies is noticed once."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -216,6 +217,27 @@ async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServe
         assert [event["estimated"] for event in log if event["type"] == "usage"] == [True]
         again = await resumed(three.callers[2], stream_id, len(had))
         assert frames(again.body) == frames(rest.body)
+
+
+async def test_the_answer_of_a_lost_stream_is_continued_at_another_replica(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both:
+        async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
+            stream_id = response.headers["X-Stream-Id"]
+            had = frames(bytes(seen))
+            await both.kill(0)
+            rest = await resumed(both.callers[1], stream_id, len(had))
+            assert b"replica_lost" in rest.body
+        word.may_go_on.set()
+        refused = await both.callers[1].stream(temperature=1, penstock={"continue": stream_id})
+        assert (refused.status, refused.error["code"]) == (422, "cannot_continue")
+        answer = await both.callers[1].stream(penstock={"continue": stream_id})
+        assert (answer.one("stream.start")["continues"], answer.end["status"]) == (stream_id, "completed")
+        told = json.loads(word.seen.body)
+        assert (told["messages"][-1], told["continue_final_message"]) == (
+            {"role": "assistant", "content": "Hello you"},
+            True,
+        )
 
 
 async def test_the_dead_replica_that_lives_is_cut_off(redis: RedisServer) -> None:

@@ -378,3 +378,16 @@ def test_a_binding_that_cannot_work_is_refused_at_the_start(binding: Any) -> Non
     flags = {"upstreams": [{"url": "http://vllm:8000"}], "tools.bindings": [binding]}
     with pytest.raises(SettingsError, match=r"tools\.bindings"):
         load_settings(environment={}, flags=flags)
+
+
+async def test_an_answer_with_tools_that_are_run_here_is_not_continued() -> None:
+    """The loop asks the model again with messages behind the last one, which could then not be gone on with."""
+    broken = [chunks.role(), chunks.content("So "), chunks.error()]
+    model = Model(broken, ANSWER)
+    async with running(CountingService(), model) as setup:
+        failed = await streamed(setup)
+        stream_id = failed.headers["X-Stream-Id"]
+        refused = await streamed(setup, penstock={"continue": stream_id})
+        assert (refused.status, refused.error["code"]) == (422, "cannot_continue")
+        answer = await streamed(setup, penstock={"continue": stream_id, "tools": {"run": False}})
+        assert (answer.text(), answer.end["status"]) == ("It is 7.", "completed")

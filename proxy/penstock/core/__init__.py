@@ -9,5 +9,5 @@ ending. The steps on the way, in order: `engine_stream` (with `sse` and `charact
 `signals` come from the shell and `commands` go to it; `errors` says whose fault it was. Moderation's `rules` are
 compiled from `patterns` (which `unambiguous` finds fit), see text as `folding` shows it and may ask for `checksums`;
 `timeline` is for its audit. `verifier` judges an event log, `fold` adds one up, `resuming` finds a cursor in one,
-`lost` ends one whose replica died, `recording` reads replays.
+`continuing` hands its partial answer back, `lost` ends one whose replica died, `recording` reads replays.
 """

@@ -55,6 +55,8 @@ class StreamStarted:
     created: int | None = None
     whole: Ext | None = None
     resumable_until: int | None = None
+    continues: str | None = None
+    """The stream whose partial answer this one goes on with."""
 
 
 @dataclass(slots=True)

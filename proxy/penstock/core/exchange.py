@@ -407,6 +407,7 @@ class Exchange:
             created=opened.created,
             whole=self._moderation.without_unseen_text(opened.whole) if opened.whole else None,
             resumable_until=self._setting.resumable_until,
+            continues=self._request.continues,
         )
         if opened.state is not None:
             self._channels.begin_in(opened.state)

@@ -51,8 +51,9 @@ class Fold:
         return self._result
 
     def _begin(self, event: Event) -> None:
-        names = ("stream_id", "schema", "model", "upstream", "trace_id")
-        self._result = {**{name: event[name] for name in names}, **self._result, "last_seq": event["seq"]}
+        names = ("stream_id", "schema", "model", "upstream", "trace_id", "continues")
+        begun = {name: event[name] for name in names if name in event}
+        self._result = {**begun, **self._result, "last_seq": event["seq"]}
 
     def _choice(self, event: Event) -> dict[str, Any]:
         index = event["choice"]

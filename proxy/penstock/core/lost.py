@@ -27,7 +27,7 @@ from penstock.core.events import (
 
 LOST = (
     "the replica that carried this stream is gone; what it had said is in the log, the rest was not generated: "
-    "send the request again"
+    "send the request again, or continue this answer in a new stream (penstock.continue)"
 )
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "answer_tokens", "tool_tokens")
 _TOKENS_OF = {

@@ -53,6 +53,7 @@ _MOST_USER_TEXT = 4096
 _OPTIONS = (
     "annotations",
     "audit",
+    "continue",
     "family",
     "include_stop",
     "on_disconnect",
@@ -91,6 +92,8 @@ class StreamRequest:
     shows_stop_token: bool
     """Whether the token that ends a choice is part of its text."""
     on_disconnect: OnDisconnect | None
+    continues: str | None
+    """The id of the failed stream whose partial answer is to be appended to."""
     text_bytes: int
     """Bytes of text in the messages, from which the length of the prompt can be guessed."""
     audit_timeline: bool
@@ -161,6 +164,7 @@ def read_request(
         wants_token_ids=request.get("return_token_ids") is True,
         shows_stop_token=request.get("include_stop_str_in_output") is True,
         on_disconnect=options.get("on_disconnect"),
+        continues=options.get("continue"),
         text_bytes=_text_bytes(request["messages"]),
         audit_timeline=options.get("audit", {}).get("timeline", False),
         audit_masks=options.get("audit", {}).get("mask", False),
@@ -207,6 +211,8 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
             raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(ReasoningPolicy))}")
         if name == "on_disconnect" and value not in get_args(OnDisconnect):
             raise _wrong(name, f"is {value!r}; it must be one of {', '.join(get_args(OnDisconnect))}")
+        if name == "continue" and not (isinstance(value, str) and value):
+            raise _wrong(name, "must be the id of the failed stream to be continued, as in X-Stream-Id")
         if name == "family" and not isinstance(value, str):
             raise _wrong(name, "must be the name of a model family")
         if name == "audit" and not _is_audit_options(value):

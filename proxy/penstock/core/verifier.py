@@ -45,6 +45,7 @@ FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
         "upstream": "string",
         "trace_id": "string?",
         "resumable_until": "count?",
+        "continues": "string!",
     },
     "delta.role": {"choice": "count", "role": "string"},
     "reasoning.start": _PLACE,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import hdrs, web
 
-from penstock.core import resuming
+from penstock.core import continuing, resuming
 from penstock.core.dialects import Dialect, Form, native
 from penstock.core.errors import CallerError, EngineError
 from penstock.core.fold import Fold
+from penstock.core.request import StreamRequest
 from penstock.settings import Settings
 from penstock.shell.client import ClientConnection, ClientGone
 from penstock.shell.stores.log import Claim, Evicted, Store, StreamInfo, StreamLog
@@ -21,6 +22,8 @@ from penstock.shell.streams import Streams
 
 # Of the log, sent in one write.
 _CHUNK = 64 * 1024
+# A body over this is hashed beside the loop: a megabyte takes about a millisecond.
+_HASHED_AT_ONCE = 256 * 1024
 _CONTENT_TYPES = {Form.SSE: native.NativeSse.content_type, Form.NDJSON: native.NativeNdjson.content_type}
 _HEARTBEATS = {Form.NDJSON: native.NativeNdjson.heartbeat}
 _PREAMBLES = {Form.NDJSON: native.NativeNdjson.preamble}
@@ -28,19 +31,30 @@ _PREAMBLES = {Form.NDJSON: native.NativeNdjson.preamble}
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a caller asks for the time after its connection breaks. `digest` tells one request from another."""
+    """What a caller asks for the time after its connection breaks. `digest` tells one request from another.
+
+    `asked` does so too, but for how it is spelled and what `penstock` says in it.
+    """
 
     key: str | None
     digest: str
     lingers: bool
+    asked: str
 
 
-def read_terms(http: web.Request, body: bytes, on_disconnect: str | None) -> Terms:
+async def read_terms(http: web.Request, body: bytes, request: StreamRequest) -> Terms:
     """The terms of one request. It goes on without its client where it says so, or where it has a key to come back."""
     key = resuming.read_idempotency_key(http.headers.get("Idempotency-Key"))
     # Without a key nobody compares, and a large body costs milliseconds.
     digest = hashlib.sha256(http.path.encode() + b"\0" + body).hexdigest() if key else ""
-    return Terms(key, digest, key is not None if on_disconnect is None else on_disconnect == "linger")
+    lingers = key is not None if request.on_disconnect is None else request.on_disconnect == "linger"
+    return Terms(key, digest, lingers, await _digest(request.engine_body) if request.streams else "")
+
+
+async def _digest(body: bytes) -> str:
+    if len(body) > _HASHED_AT_ONCE:
+        return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+    return hashlib.sha256(body).hexdigest()
 
 
 class Resume:
@@ -80,8 +94,35 @@ class Resume:
         if not self._settings.store.retention_seconds or not (by_events or terms.key or terms.lingers):
             return None
         claim = Claim(principal, terms.key, terms.digest, stream_id) if terms.key else None
-        info = StreamInfo(stream_id, principal, kind.form, kind.__name__, kind.content_type, int(time.time() * 1000))
+        now = int(time.time() * 1000)
+        info = StreamInfo(stream_id, principal, kind.form, kind.__name__, kind.content_type, now, terms.asked)
         return await self._store.create(info, claim)
+
+    async def carry_on(self, principal: str, request: StreamRequest, terms: Terms) -> StreamRequest:
+        """The request with the partial answer of the stream that it continues; any other as it is.
+
+        A continuation that failed is continued too: then the text of the streams before it comes first.
+        """
+        if request.continues is None:
+            return request
+        continuing.refuse_unfit(request)
+        text, before = "", request.continues
+        while before:
+            log = await self._find(before, principal)
+            if not log.info.has_cursors:
+                raise continuing.not_of_events(before)
+            if log.info.asked != terms.asked:
+                raise continuing.other_request(before)
+            if log.earliest > 1:
+                raise _evicted(log)
+            if not log.is_over:
+                raise continuing.still_runs(before)
+            if log.whole is not None or not log.last:
+                raise continuing.said_nothing()
+            snapshot = orjson.loads(await asyncio.to_thread(_fold, log))
+            text = continuing.partial_text(snapshot) + text
+            before = snapshot.get("continues")
+        return continuing.carry_on(request, text)
 
     def lingering(self, terms: Terms) -> float:
         """Seconds that the stream goes on while nobody reads it."""

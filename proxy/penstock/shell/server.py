@@ -13,6 +13,7 @@ from importlib import resources
 
 from aiohttp import hdrs, web
 
+from penstock.core import continuing
 from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Dialect, Form, Spelling, native, openai_chat
 from penstock.core.dialects.tool_release import ReleasedCalls
@@ -163,6 +164,7 @@ class Server:
                 request, terms = await self._read(http, streams, place)
                 caller = _allowed(http, request)
                 family = self._family(request)
+                request = await self._continued(route, caller, request, terms)
                 await self.cluster.refuse_too_long(request)
                 account = await self._books.open(caller, stream_id, request, trace)
                 entered.callback(account.drop)
@@ -301,7 +303,15 @@ class Server:
             running_usage=upstream.running_usage,
             engine_parses_tools=upstream.parses_tools,
         )
-        return request, read_terms(http, body, request.on_disconnect)
+        return request, await read_terms(http, body, request)
+
+    async def _continued(self, route: str, caller: Caller, request: StreamRequest, terms: Terms) -> StreamRequest:
+        if request.continues is not None and route != STREAMS:
+            message = f"penstock.continue is for POST {STREAMS}, whose streams can be continued"
+            raise CallerError("invalid_request", message, param=continuing.PARAM)
+        if request.continues is not None and request.runs_tools and self._toolbox.runs(request.offered_tools):
+            raise continuing.tools_run_here()
+        return await self._resume.carry_on(caller.name, request, terms)
 
     def _family(self, request: StreamRequest) -> Family:
         family = choose_family(self._families, request.model, request.family)

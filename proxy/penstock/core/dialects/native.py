@@ -188,7 +188,7 @@ def _finish(event: Finished) -> tuple[str, dict[str, Any]]:
 
 
 def _start(event: StreamStarted) -> tuple[str, dict[str, Any]]:
-    return "stream.start", {
+    fields: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "model": event.model,
         "choices": event.choices,
@@ -196,6 +196,9 @@ def _start(event: StreamStarted) -> tuple[str, dict[str, Any]]:
         "trace_id": event.trace_id,
         "resumable_until": event.resumable_until,
     }
+    if event.continues is not None:
+        fields["continues"] = event.continues
+    return "stream.start", fields
 
 
 def _end(event: StreamEnded) -> tuple[str, dict[str, Any]]:

@@ -23,6 +23,8 @@ class StreamInfo:
     dialect: str
     content_type: str
     started_ms: int
+    asked: str = ""
+    """The digest of the request without its `penstock`, by which a continuation of the answer is known."""
 
     @property
     def has_cursors(self) -> bool:

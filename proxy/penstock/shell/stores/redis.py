@@ -561,9 +561,18 @@ def _to_meta(info: StreamInfo) -> dict[str, Any]:
         "dialect": info.dialect,
         "content_type": info.content_type,
         "started_ms": info.started_ms,
+        "asked": info.asked,
     }
 
 
 def _from_meta(stream_id: str, meta: Mapping[str, Any]) -> StreamInfo:
     form = Form(meta["form"])
-    return StreamInfo(stream_id, meta["principal"], form, meta["dialect"], meta["content_type"], meta["started_ms"])
+    return StreamInfo(
+        stream_id,
+        meta["principal"],
+        form,
+        meta["dialect"],
+        meta["content_type"],
+        meta["started_ms"],
+        meta.get("asked", ""),  # a replica of an older version wrote none
+    )
