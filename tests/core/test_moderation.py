@@ -8,7 +8,9 @@ import pytest
 from penstock.core.citations import CitationPattern
 from penstock.core.commands import Ending, NoteIntervention
 from penstock.core.events import Intervention
+from penstock.core.schemas import schema_of
 from penstock.core.signals import Cancelled, EngineAnswered
+from penstock.core.tool_policy import ToolRule
 from support.chunks import answer, answer_of, content, finish, reasoning, role, tool, whole
 from support.moderating import policy
 from support.playbook import STARTED, Outcome, ask, play
@@ -203,6 +205,32 @@ def test_arguments_that_redaction_spoils_never_become_ready() -> None:
     end = outcome.one("tool_call.end")
     assert not end["valid"]
     assert "moderation redacted" in end["problem"]
+
+
+@pytest.mark.parametrize(("types", "becomes_ready"), [(["integer"], False), (["integer", "string"], True)])
+def test_redacted_arguments_are_judged_by_the_schema_again(types: list[str], becomes_ready: bool) -> None:
+    parameters = {"type": "object", "properties": {"card": {"type": types}}}
+    body = {**ask(), "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
+    pieces = [tool(call_id="c", name="f", arguments='{"card": 4111111111111111}')]
+    outcome = play(body, answer(*pieces, reason="tool_calls"), policy=policy(CARD))
+    end = outcome.one("tool_call.end")
+    assert (len(outcome.all_of("tool_call.ready")), end["valid"]) == (int(becomes_ready), becomes_ready)
+    assert end["arguments"] == '{"card": "[redacted]"}'
+    if not becomes_ready:
+        assert end["problem"].startswith("moderation redacted the arguments, and what is left may not be executed: the")
+        assert "at $.card" in end["problem"]
+
+
+@pytest.mark.parametrize("pattern", ["^Project", "redacted"])
+def test_redacted_arguments_are_judged_by_the_tool_policy_again(pattern: str) -> None:
+    arguments = schema_of({"properties": {"q": {"pattern": pattern}}})
+    rules = [ToolRule("narrow", ("f",), arguments=arguments)]
+    pieces = [tool(call_id="c", name="f", arguments='{"q": "Project Zephyr, Project redacted"}')]
+    outcome = play(ask(tools=["f"]), answer(*pieces), policy=policy(CODENAME), tool_rules=rules)
+    end = outcome.one("tool_call.end")
+    assert end["valid"] is (pattern == "redacted")
+    assert len(outcome.all_of("tool_call.ready")) == end["valid"]
+    assert outcome.all_of("tool_call.denied") == []
 
 
 def test_the_name_of_a_call_is_text_too() -> None:

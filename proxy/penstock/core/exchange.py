@@ -186,7 +186,10 @@ class Exchange:
         self._tools = ToolCalls(request.tools, self._new_call_id)
         self._stop_strings = StopStrings(request.stop, include=request.include_stop)
         self._moderation = Moderation(
-            setting.policy, most_held=setting.bounds.hold_chars, json_answer=request.wants_json
+            setting.policy,
+            most_held=setting.bounds.hold_chars,
+            fits=self._problem_of_call,
+            json_answer=request.wants_json,
         )
         self._policy = ToolPolicy(setting.tool_rules)
         self._citations = Citations(setting.citations if request.citations else ())
@@ -345,6 +348,10 @@ class Exchange:
         items = self._moderation.feed(items) + self._moderation.flush()
         items = self._verdicts.feed(items, self._last_heard) + self._verdicts.flush()
         return self._structured.feed(items) + self._structured.flush()
+
+    def _problem_of_call(self, name: str, arguments: str) -> str | None:
+        """Why a call may not be executed with arguments that are not the model's own any more, or None."""
+        return self._tools.problem_of(name, arguments) or self._policy.problem_of(name, arguments)
 
     def _interventions(self) -> list[Command]:
         return [NoteIntervention(one) for one in self._moderation.take_notes() + self._verdicts.take_notes()]

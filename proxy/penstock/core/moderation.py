@@ -35,16 +35,27 @@ from penstock.core.folding import View, ends_in_string, view_of
 from penstock.core.rules import Policy, Rule, RuleChannel, Scan, Scanner, Span
 
 _SPOILED = "moderation redacted the arguments, and what is left is no JSON object"
+_UNFIT = "moderation redacted the arguments, and what is left may not be executed"
 _HIDDEN_NAME = "moderation redacted the name of the tool"
 _KEPT_OF_A_CHOICE = ("index", "message", "finish_reason", "stop_reason", "logprobs")
 _KEPT_OF_A_MESSAGE = ("role", "content", "reasoning", "reasoning_content", "refusal")
 
 
-class Moderation:
-    """The step. `policy` is None where no rule applies to the stream; `most_held` bounds a lane, in characters."""
+Judge = Callable[[str, str], str | None]
 
-    def __init__(self, policy: Policy | None, *, most_held: int, json_answer: bool = False) -> None:
+
+class Moderation:
+    """The step. `policy` is None where no rule applies to the stream; `most_held` bounds a lane, in characters.
+
+    `fits(name, arguments)` says why redacted arguments may not be executed, or None; what came before us has judged
+    the ones that the model wrote.
+    """
+
+    def __init__(
+        self, policy: Policy | None, *, most_held: int, fits: Judge | None = None, json_answer: bool = False
+    ) -> None:
         self._policy = policy
+        self.fits = fits
         self._most_held = most_held
         self._json_answer = json_answer
         self._lanes: dict[int, dict[str, _Lane | None]] = {}
@@ -452,7 +463,7 @@ class _Call:
         self._choice = item.choice
         self._call_id = item.call_id
         self._name_is_hidden = False
-        self._spoiled = False
+        self._problem: str | None = None  # what the redaction made of a call that was ready
         self._delivered: list[str] = []
         self._lane: _Lane | None = None
         if scanner is not None:
@@ -492,22 +503,25 @@ class _Call:
             self._tell(told, out)
 
     def makes_ready(self, item: ToolReady) -> bool:
-        """Puts the redacted arguments in; False where they are no object any more."""
+        """Puts the redacted arguments in; False where they may not be executed any more."""
         if self._name_is_hidden:
-            return False
-        if self._lane is not None and self._lane.changed:
+            self._problem = _HIDDEN_NAME
+        elif self._lane is not None and self._lane.changed:
             arguments = _as_object("".join(self._delivered))
-            self._spoiled = arguments is None
             item.arguments = arguments or ""
-        return not self._spoiled
+            self._problem = _SPOILED if arguments is None else self._misfit(item.name, arguments)
+        return self._problem is None
+
+    def _misfit(self, name: str, arguments: str) -> str | None:
+        problem = self._owner.fits(name, arguments) if self._owner.fits else None
+        return None if problem is None else f"{_UNFIT}: {problem}"
 
     def end(self, item: ToolEnded, out: list[Event]) -> None:
         self.settle(out)
         if self._lane is not None and self._lane.changed:
             item.arguments = "".join(self._delivered)
-        if item.valid and (self._spoiled or self._name_is_hidden):
-            item.valid = False
-            item.problem = _HIDDEN_NAME if self._name_is_hidden else _SPOILED
+        if item.valid and self._problem is not None:
+            item.valid, item.problem = False, self._problem
         elif self._name_is_hidden:
             item.problem = _HIDDEN_NAME
         out.append(item)

@@ -83,6 +83,10 @@ class ToolCalls:
             calls.abandon(out)
         return out
 
+    def problem_of(self, name: str, arguments: str) -> str | None:
+        """Why a call of an offered tool is not valid with these arguments, or None."""
+        return _arguments_problem(name, arguments, self._offered.get(name))
+
     @property
     def longest_call(self) -> int:
         """UTF-8 bytes of the longest call that is still open, whether they were passed on or held."""
@@ -382,7 +386,10 @@ class _ChoiceCalls:
         call.over = True
         arguments = call.arguments
         problem = (
-            problem or call.problem or self._name_problem(call.name) or self._arguments_problem(call.name, arguments)
+            problem
+            or call.problem
+            or self._name_problem(call.name)
+            or _arguments_problem(call.name, arguments, self._offered.get(call.name))
         )
         if problem is None:
             self._valid += 1
@@ -391,20 +398,20 @@ class _ChoiceCalls:
             status = "complete"
         out.append(ToolEnded(self._choice, call.call_id, arguments, problem is None, problem, status))
 
-    def _arguments_problem(self, name: str, arguments: str) -> str | None:
-        schema = self._offered.get(name)
-        problem = _object_problem(arguments)
-        if problem is not None or schema is None:
-            return problem
-        problem = schema.problem(_loaded(arguments))
-        return None if problem is None else f"the arguments do not fit the schema of {name!r}: {problem}"
-
     def _name_problem(self, name: str) -> str | None:
         if not name:
             return "the model named no tool"
         if name not in self._offered:
             return f"the request offers no tool called {name!r}"
         return None
+
+
+def _arguments_problem(name: str, arguments: str, schema: Schema | None) -> str | None:
+    problem = _object_problem(arguments)
+    if problem is not None or schema is None:
+        return problem
+    problem = schema.problem(_loaded(arguments))
+    return None if problem is None else f"the arguments do not fit the schema of {name!r}: {problem}"
 
 
 def _object_problem(arguments: str) -> str | None:

@@ -22,6 +22,8 @@ from penstock.core.events import (
 )
 from penstock.core.schemas import Schema
 
+_UNWANTED = "its arguments are not allowed"
+
 
 @dataclass(frozen=True, slots=True)
 class ToolRule:
@@ -78,13 +80,19 @@ class ToolPolicy:
                     out.append(item)
         return out
 
+    def problem_of(self, name: str, arguments: str) -> str | None:
+        """Why the policy forbids a call with these arguments (one JSON object), or None."""
+        rule = self._rule_for(name)
+        problem = rule.arguments.problem(orjson.loads(arguments)) if rule is not None and rule.arguments else None
+        return None if problem is None else f"{_UNWANTED}: {problem}"
+
     def next_round(self) -> None:
         """The model speaks again in the same stream; what it may still call is counted on."""
         self._allowed.clear()
 
     def _start(self, item: ToolStarted, out: list[Event]) -> None:
         out.append(item)
-        rule = next((rule for rule in self._rules if rule.is_for(item.name)), None)
+        rule = self._rule_for(item.name)
         if rule is None:
             return
         call = self._calls[item.choice, item.call_id] = _Call(item.name, rule)
@@ -94,6 +102,9 @@ class ToolPolicy:
         elif rule.most_calls is not None and count > rule.most_calls:
             self._deny(item.choice, item.call_id, call, f"more than {rule.most_calls} calls in one stream", out)
         item.denied = call.reason is not None
+
+    def _rule_for(self, name: str) -> ToolRule | None:
+        return next((rule for rule in self._rules if rule.is_for(name)), None)
 
     def _grow(self, item: ToolArguments, out: list[Event]) -> None:
         out.append(item)
@@ -110,7 +121,7 @@ class ToolPolicy:
         if call is not None and call.reason is None and call.rule.arguments is not None:
             problem = call.rule.arguments.problem(orjson.loads(item.arguments))
             if problem is not None:
-                self._deny(item.choice, item.call_id, call, f"its arguments are not allowed: {problem}", out)
+                self._deny(item.choice, item.call_id, call, f"{_UNWANTED}: {problem}", out)
         if call is None or call.reason is None:
             self._allowed.add(item.choice)
             out.append(item)
