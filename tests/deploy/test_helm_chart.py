@@ -48,6 +48,12 @@ INSTALLATIONS: dict[str, Values] = {
             "topologySpread": {"enabled": True, "topologyKey": "topology.kubernetes.io/zone"},
         }
     ),
+    "moderated": with_values(
+        {
+            "moderation": {"packs": ["pii", {"name": "secrets", "action": "halt"}]},
+            "audit": {"volume": {"persistentVolumeClaim": {"claimName": "audit"}}, "existingSecret": "digests"},
+        }
+    ),
 }
 
 each_installation = pytest.mark.parametrize("values", INSTALLATIONS.values(), ids=INSTALLATIONS.keys())
@@ -104,6 +110,14 @@ def test_every_object_carries_the_release_in_its_name_and_namespace() -> None:
         ({"store": {"memory_bytes": 1024}}, "/store/memory_bytes"),
         ({"store": {"on_failure": "wait"}}, "/store/on_failure"),
         ({"store": {"url": "redis://:secret@r"}}, "additional properties 'url' not allowed"),
+        ({"moderation": {"packs": [{"name": "pii", "acton": "halt"}]}}, "additional properties 'acton' not allowed"),
+        ({"moderation": {"rules": [{"id": "a", "literal": "a", "regex": "b"}]}}, "/moderation/rules/0"),
+        ({"moderation": {"rules": [{"id": "a", "words_file": "/words"}]}}, "words_file"),
+        ({"moderation": {"classifiers": [{"url": "http://c", "api_key": "k"}]}}, "'api_key' not allowed"),
+        ({"moderation": {"classifiers": [{"url": "c:80"}]}}, "/moderation/classifiers/0/url"),
+        ({"moderation": {"hold_chars": 1}}, "/moderation/hold_chars"),
+        ({"audit": {"text": "some"}}, "/audit/text"),
+        ({"audit": {"key": "0123456789abcdef"}}, "additional properties 'key' not allowed"),
         ({"tls": {"cert": "x"}}, "additional properties 'cert' not allowed"),
         ({"otel": {"endpoint": "collector:4317"}}, "/otel/endpoint"),
         ({"extraEnv": [{"name": "A", "value": 1}]}, "/extraEnv/0/value"),
@@ -165,6 +179,8 @@ def test_settings_come_from_the_values() -> None:
         "reasoning": "inline",
         "families": {"planner": family},
         "auth": {"keys_file": "/etc/penstock/auth/keys.txt", "allow_anonymous": False},
+        "moderation": defaults["moderation"],
+        "audit": {"otlp": False, "text": "digest", "sample": 0},
         "limits": defaults["limits"],
         "slow_client": defaults["slow_client"],
         "timing": defaults["timing"],
@@ -280,6 +296,7 @@ def _mounted_keys(documents: list[dict[str, Any]]) -> tuple[str, str, str]:
         {"limits": {"stream_seconds": 60}},
         {"config": {"store": {"url": "redis://r"}}},
         {"auth": {"plans": {"gold": {"streams": 9}}}},
+        {"moderation": {"packs": ["pii"]}},
     ],
 )
 def test_a_changed_configuration_rolls_the_pods(changes: Values) -> None:
@@ -331,6 +348,26 @@ def test_the_shared_redis_comes_from_a_secret() -> None:
     assert variable["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "url"}
 
 
+def test_the_audit_of_each_pod_has_a_folder_of_its_own() -> None:
+    documents = render_chart(INSTALLATIONS["moderated"])
+    deployment = only(documents, "Deployment")
+    settings = settings_of(documents)
+    (mount,) = [mount for mount in container_of(deployment)["volumeMounts"] if mount["name"] == "audit"]
+    (volume,) = [volume for volume in pod_of(deployment)["volumes"] if volume["name"] == "audit"]
+    folder, key = container_of(deployment)["env"][::-1]
+    assert volume["persistentVolumeClaim"] == {"claimName": "audit"}
+    assert settings["audit"]["file"]["path"] == f"{mount['mountPath']}/audit.jsonl"
+    assert mount["subPathExpr"] == f"$({folder['name']})"
+    assert folder["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert key["name"] == "PENSTOCK_AUDIT__KEY"
+    assert key["valueFrom"]["secretKeyRef"] == {"name": "digests", "key": "key"}
+    assert settings["moderation"]["packs"] == ["pii", {"name": "secrets", "action": "halt"}]
+
+
+def test_without_a_volume_there_is_no_file() -> None:
+    assert "file" not in settings_of(render_chart(MINIMAL))["audit"]
+
+
 def _pod_annotations(values: Values) -> dict[str, str]:
     annotations: dict[str, str] = only(render_chart(values), "Deployment")["spec"]["template"]["metadata"][
         "annotations"
@@ -375,6 +412,7 @@ FREE_OBJECTS = {
     "/answers/[]",
     "/global",
     "/families",
+    "/audit/volume",
     "/auth/jwt",
     "/auth/plans",
     "/config",

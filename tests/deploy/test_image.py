@@ -1,6 +1,7 @@
 """The image file: what hadolint says, and what it shares with the build and with the pods."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,12 @@ def test_all_that_the_build_reads_is_copied() -> None:
     needed = {"pyproject.toml", project["project"]["readme"]} | packages
     assert _copied_from_the_repository() == needed
     assert all((REPOSITORY / name).exists() for name in needed)
+
+
+def test_what_the_chart_can_turn_on_is_in_the_image() -> None:
+    extras = re.search(r"'\.\[(.+)\]'", DOCKERFILE.read_text())
+    assert extras is not None
+    assert set(extras[1].split(",")) >= {"jwt", "moderation", "redis"}
 
 
 def test_what_is_copied_is_not_ignored() -> None:

@@ -69,8 +69,31 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
                 "store": {"retention_seconds": 0, "linger_seconds": 1.5, "memory_bytes": 65536, "on_failure": "end"},
             }
         ),
+        with_values(
+            {
+                "moderation": {
+                    "packs": ["pii", {"name": "secrets", "action": "halt", "without": ["secrets.jwt"]}],
+                    "rules": [
+                        {"id": "a", "literal": "Project Zephyr", "placeholder": "[internal]", "models": ["tiny*"]},
+                        {"id": "b", "regex": "TKT-[0-9]{6}", "action": "halt", "channels": ["answer"]},
+                        {"id": "c", "words": ["damn"], "action": "flag", "keys": ["alice"]},
+                    ],
+                    "classifiers": [
+                        {"url": "http://c/v1/moderations", "on_failure": "closed", "timeout_ms": 500},
+                        {"url": "http://g/v1/chat/completions", "shape": "guard", "model": "g", "mode": "gate"},
+                    ],
+                    "window": {"chars": 100},
+                }
+            }
+        ),
+        with_values(
+            {
+                "moderation": {"packs": ["profanity"]},
+                "audit": {"volume": {"emptyDir": {}}, "days": 90, "otlp": True, "text": "masked", "sample": 0.5},
+            }
+        ),
     ],
-    ids=["keys", "anonymous", "cluster", "changed"],
+    ids=["keys", "anonymous", "cluster", "changed", "moderated", "audited"],
 )
 def test_penstock_accepts_the_settings_of_the_chart(values: Values, tmp_path: Path) -> None:
     checked = check_config(render_chart(values), tmp_path)

@@ -30,6 +30,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end -}}
 
+{{- define "penstock.auditFolder" -}}/var/lib/penstock/audit{{- end -}}
+
 {{- /* Penstock's settings file. Everything that needs a setting's final value reads it from here, so that `config` counts. */ -}}
 {{- define "penstock.settings" -}}
 {{- $auth := dict "allow_anonymous" .Values.auth.allowAnonymous -}}
@@ -52,8 +54,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- with .Values.cors.origins -}}
 {{- $_ := set $listen "cors" (dict "origins" .) -}}
 {{- end -}}
-{{- $settings := dict "listen" $listen "upstreams" (concat (list .Values.upstream) .Values.moreUpstreams) "auth" $auth -}}
-{{- $settings = merge $settings (pick .Values "reasoning" "families" "limits" "slow_client" "timing" "routing" "passthrough" "answers") -}}
+{{- $audit := pick .Values.audit "otlp" "text" "sample" -}}
+{{- if .Values.audit.volume -}}
+{{- $file := pick .Values.audit "rotate_bytes" "keep" "days" -}}
+{{- $_ := set $audit "file" (merge (dict "path" (printf "%s/audit.jsonl" (include "penstock.auditFolder" .))) $file) -}}
+{{- end -}}
+{{- $settings := dict "audit" $audit "listen" $listen "upstreams" (concat (list .Values.upstream) .Values.moreUpstreams) "auth" $auth -}}
+{{- $settings = merge $settings (pick .Values "reasoning" "families" "moderation" "limits" "slow_client" "timing" "routing" "passthrough" "answers") -}}
 {{- $_ := set $settings "store" (omit .Values.store "existingSecret" "existingSecretKey") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}
