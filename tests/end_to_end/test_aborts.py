@@ -53,7 +53,7 @@ async def generated_tokens(engine: Engine) -> float:
 
 async def assert_given_up(engine: Engine) -> None:
     """The engine holds nothing of the request any more, and generates nothing more."""
-    await until(lambda: is_idle(engine))
+    await until(lambda: is_idle(engine), BUSY_SECONDS)
     generated = await generated_tokens(engine)
     await asyncio.sleep(0.1)
     assert await generated_tokens(engine) == generated
@@ -89,7 +89,7 @@ async def test_a_client_that_leaves_before_the_first_token(
     body = slow_to_start(script)
     generated = await generated_tokens(engine)
     async with asking(impatient, route, body):
-        await until(lambda: holds_requests(engine))
+        await until(lambda: holds_requests(engine), BUSY_SECONDS)
     await assert_given_up(engine)
     assert await generated_tokens(engine) - generated <= 1
 
@@ -140,7 +140,7 @@ async def test_a_delete_ends_the_stream_as_cancelled(
         while not early and received.count(b"delta.text") < 5:
             received += await response.content.readany()
         if early:
-            await until(lambda: holds_requests(engine))
+            await until(lambda: holds_requests(engine), BUSY_SECONDS)
         deleted = await impatient.delete(response.headers["X-Stream-Id"])
         answer = Answer(200, {}, received + await response.content.read())
     assert (deleted.status, deleted.body) == (204, b"")

@@ -135,7 +135,7 @@ async def test_the_engines_stop_string_straddles_tokens(
 
 @pytest.mark.parametrize("include", [False, True])
 async def test_penstocks_stop_string_looks_at_the_answer_only(penstock: Caller, script: Script, include: bool) -> None:
-    said = "<think>\nAt the END I stop.\n</think>\n\nOne two three END" + " four" * 60
+    said = "<think>\nAt the END I stop.\n</think>\n\nOne two three END" + " four" * 200
     request = script(said, bytewise=True, pause_ms=1, penstock={"stop": ["three END"], "include_stop": include})
     answer = await penstock.stream(**request)
     assert answer.reasoning() == "\nAt the END I stop.\n"

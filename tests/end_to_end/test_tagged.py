@@ -134,8 +134,8 @@ async def test_the_cause_of_an_end_is_the_same_on_both_paths(both: Both, script:
 async def test_our_own_stop_string_cuts_both_paths_at_the_same_character(both: Both, script: Script) -> None:
     plain, tagged = await both.ask(**script(THINKING, penstock={"stop": ["How can"]}))
     # The tokens around the cut are counted with the piece that they came in, and the pieces are a matter of time; so
-    # is whether the engine's own total was on its way already.
-    counts = ("cached_tokens", "answer_tokens", "delivered_tokens", "completion_tokens", "estimated")
+    # is whether the engine's own total, and what came beside it, was on its way already.
+    counts = ("cached_tokens", "answer_tokens", "delivered_tokens", "completion_tokens", "estimated", "ext")
     assert essence(tagged, *counts, "bytes") == essence(plain, *counts, "bytes")
     assert tagged.finish()["stop"] == "How can"
 

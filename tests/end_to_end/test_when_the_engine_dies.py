@@ -39,9 +39,13 @@ async def test_a_killed_engine_ends_every_stream_with_an_error(
     assert ((await whole).status, (await whole).error["code"]) == (502, "engine_gone")
 
     assert (await penstock.get("/healthz")).status == 200
-    assert (await penstock.get("/readyz")).status == 503
+    await until(lambda: is_unready(penstock))  # a check counts for a second
     refused = await penstock.post("/v1/streams", body)
     assert (refused.status, refused.error["code"], refused.error["retryable"]) == (502, "engine_unreachable", True)
+
+
+async def is_unready(penstock: Caller) -> bool:
+    return (await penstock.get("/readyz")).status == 503
 
 
 def assert_told(answer: Answer) -> None:
