@@ -60,7 +60,9 @@ async def test_the_models_text_cannot_end_its_event() -> None:
         read = frames(openai.body)
         assert [frame["data"] for frame in read].count("[DONE]") == 1
         assert all(set(frame) == {"data"} for frame in read)
-        deltas = [choice["delta"] for frame in read[:-1] for choice in json.loads(frame["data"])["choices"]]
+        told = [json.loads(frame["data"]) for frame in read[:-1]]
+        assert told[-1]["error"]["code"] == "invalid_tool_call", "the request offers no tool of that name"
+        deltas = [choice["delta"] for chunk in told[:-1] for choice in chunk["choices"]]
         assert "".join(delta.get("content") or "" for delta in deltas) == HOSTILE
 
 
