@@ -679,7 +679,9 @@ async def test_a_client_that_stalls_is_cut_off_and_the_others_go_on(plugin: Fake
 
 
 async def test_a_client_that_was_cut_off_can_read_why(plugin: FakePlugin) -> None:
-    async with in_front_of(plugin, limits__buffer_bytes=65536) as setup, not_reading(setup) as client:
+    """Where nothing is kept, the stream ends with its client, whose last bytes say so."""
+    unkept = in_front_of(plugin, limits__buffer_bytes=65536, store__retention_seconds=0)
+    async with unkept as setup, not_reading(setup) as client:
         [stalled] = await plugin.opened(1)
         await plugin.send(stalled.begin())
         steps = big_steps(stalled)
