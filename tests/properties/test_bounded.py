@@ -103,6 +103,13 @@ def test_any_text_for_ever(start: list[str], flood: str, family: str, policy: An
     assert most_held(exchange, reads) <= MOST_HELD
 
 
+@pytest.mark.parametrize("begin", ["<tool_call>", "<tool_call><function=", "<tool_call><function=f>"])
+def test_white_space_in_a_call(begin: str) -> None:
+    exchange = open_exchange(ask(tools=["f"]), line_bytes=LINE_BYTES)
+    reads = [chunks.content(begin), *repeat(chunks.content(_long(" ")), 40)]
+    assert most_held(exchange, reads) <= MOST_HELD
+
+
 @pytest.mark.parametrize(
     "flood",
     [

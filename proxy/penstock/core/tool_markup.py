@@ -171,25 +171,20 @@ SYNTAXES = ("arguments", *_SYNTAXES)
 
 
 class _ChosenReader:
-    """Waits for the first character that is no space, where that tells the syntax."""
+    """Waits for the first character that is no space, where that tells the syntax; space before it is markup."""
 
     def __init__(self, syntaxes: tuple[_JsonSyntax | _XmlSyntax, ...], types: ParameterTypes) -> None:
         self._syntaxes = syntaxes
         self._types = types
-        self._space: list[str] = []
         self._reader: Reader | None = self._made(syntaxes[0]) if len(syntaxes) == 1 else None
 
     def feed(self, text: str) -> list[Part]:
         if self._reader is not None:
             return self._reader.feed(text)
-        self._space.append(text)
-        return self._choose(text).feed("".join(self._space)) if text.strip() else []
+        return self._choose(text).feed(text) if text.strip() else [Part("markup", text)]
 
     def close(self) -> list[Part]:
-        if self._reader is not None:
-            return self._reader.close()
-        reader = self._choose("")
-        return reader.feed("".join(self._space)) + reader.close()
+        return (self._reader or self._choose("")).close()
 
     def _choose(self, text: str) -> Reader:
         is_xml = text.lstrip().startswith("<")
@@ -371,7 +366,10 @@ def _split_call(text: str) -> tuple[str, str, str] | None:
 
 
 class _XmlReader:
-    """Holds a value until its end tag, since only the whole of it can be told from JSON of another type."""
+    """Holds a value until its end tag, since only the whole of it can be told from JSON of another type.
+
+    What stands between tags is nobody's, and is not held.
+    """
 
     def __init__(self, syntax: _XmlSyntax, types: ParameterTypes) -> None:
         self._syntax = syntax
@@ -380,7 +378,7 @@ class _XmlReader:
         self._parameter: tuple[str, bool | None] | None = None
         self._parameters = 0
         self._has_begun = False
-        self._passed: list[str] = []
+        self._passed: list[str] = []  # of the value, up to where its end tag may begin
         self._rest = ""
 
     def feed(self, text: str) -> list[Part]:
@@ -393,8 +391,11 @@ class _XmlReader:
             out.append(Part("markup", before + found.group()))
             self._meet(found, before, out)
         if len(self._rest) > 2 * _MOST_TAG:
-            self._passed.append(self._rest[:-_MOST_TAG])
-            self._rest = self._rest[-_MOST_TAG:]
+            passed, self._rest = self._rest[:-_MOST_TAG], self._rest[-_MOST_TAG:]
+            if self._parameter is None:
+                out.append(Part("markup", passed))
+            else:
+                self._passed.append(passed)
         return out
 
     def close(self) -> list[Part]:
