@@ -45,26 +45,27 @@ def quoted_names(text: str) -> list[str]:
 
 
 def journey_of_the_code() -> list[str]:
-    """The modules of the steps in the order in which `Exchange._travel` calls them, feeding each."""
-    tree = ast.parse((PENSTOCK / "core" / "exchange.py").read_text("utf-8"))
-    exchange = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Exchange")
-    methods = {node.name: node for node in exchange.body if isinstance(node, ast.FunctionDef)}
+    """The modules of the steps in the order in which `Journey.travel` calls them, feeding each."""
+    tree = ast.parse((PENSTOCK / "core" / "journey.py").read_text("utf-8"))
+    journey = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Journey")
+    methods = {node.name: node for node in journey.body if isinstance(node, ast.FunctionDef)}
     module_of_class = {
         alias.name: (node.module or "").rpartition(".")[2]
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+    made_by = {name: method.returns.id for name, method in methods.items() if isinstance(method.returns, ast.Name)}
     class_of_attribute = {
-        target.attr: node.value.func.id
+        target.attr: _class_made(node.value.func, made_by)
         for node in ast.walk(methods["__init__"])
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
         for target in node.targets
         if isinstance(target, ast.Attribute)
     }
     fed = [
         node.func.value.attr
-        for statement in methods["_travel"].body
+        for statement in methods["travel"].body
         for node in ast.walk(statement)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -72,6 +73,14 @@ def journey_of_the_code() -> list[str]:
         and isinstance(node.func.value, ast.Attribute)
     ]
     return [module_of_class[class_of_attribute[attribute]] for attribute in fed]
+
+
+def _class_made(called: ast.expr, made_by: dict[str, str]) -> str:
+    """The class behind `Step(...)`, or behind `self._step_for(...)` by what that method says it returns."""
+    if isinstance(called, ast.Attribute):
+        return made_by[called.attr]
+    assert isinstance(called, ast.Name)
+    return called.id
 
 
 def journey_section() -> str:

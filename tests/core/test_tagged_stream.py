@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from penstock.core.commands import AbortEngine, Ending, Respond
 from penstock.core.detokenize import Vocabulary
 from penstock.core.events import EngineDone, EngineUsage, Extra, Failed, Text
-from penstock.core.exchange import Exchange, Setting
+from penstock.core.exchange import Exchange
 from penstock.core.families import choose_family
 from penstock.core.frames import Begin, End, EngineFailed, Finish, Lost, Record, Tag, Tokens
 from penstock.core.request import read_request
+from penstock.core.setting import Setting
 from penstock.core.signals import EngineTagged, Signal
 from penstock.core.tagged_stream import TaggedReader
 from support import chunks

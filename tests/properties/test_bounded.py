@@ -19,7 +19,7 @@ from support.strategies import families, fragments, policies, thorough
 LINE_BYTES = 8192
 # White space before a block, a header, the head and the tail of a call, and one marker or character of each.
 MOST_HELD = LINE_BYTES + 256 + 512 + 2 * 2048 + 256  # 13 KB; a flood is 20
-_HOLDERS = ("_reader", "_channels", "_stop_strings", "_tools", "_blocks", "_accounting", "_ext")
+_HOLDERS = ("_reader", "_journey", "_told", "_unsaid")
 _ASIDE = frozenset({"_family", "_markers", "_limit", "_offered"})
 _OF_A_CALL = "pieces"  # a call's arguments must be told whole at its end; the cap on bytes bounds them
 
@@ -50,11 +50,12 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def most_held(exchange: Exchange, reads: Iterable[bytes]) -> int:
-    most = 0
+    """The most that it keeps at any time of what it hears, beside what it was given at its start."""
+    given = most = held_by(exchange)
     for data in reads:
         exchange.receive(EngineSpoke(data, STARTED))
         most = max(most, held_by(exchange))
-    return most
+    return most - given
 
 
 FLOODS = {

@@ -17,11 +17,12 @@ import orjson
 
 from penstock.core.commands import Command, OpenClient, Respond, SendToClient
 from penstock.core.dialects.native import NativeNdjson
-from penstock.core.exchange import Bounds, Exchange, Setting
+from penstock.core.exchange import Exchange
 from penstock.core.families import FAMILIES, choose_family
 from penstock.core.pacing import SlowClient
 from penstock.core.recording import Recording, parse_recording
 from penstock.core.request import StreamRequest, read_request
+from penstock.core.setting import Bounds, Setting
 from penstock.core.signals import EngineAnswered, EngineClosed, EngineRefused, EngineSpoke, Signal
 from support.playbook import tell
 

@@ -33,11 +33,12 @@ from penstock.core.dialects.openai_chat import ChatStream, ChatWhole
 from penstock.core.dialects.tool_release import ReleasedCalls
 from penstock.core.errors import EngineError
 from penstock.core.events import Usage
-from penstock.core.exchange import Bounds, Exchange, Setting
+from penstock.core.exchange import Exchange
 from penstock.core.families import FAMILIES, Family, State, choose_family, thinking_family
 from penstock.core.pacing import SlowClient
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
+from penstock.core.setting import Bounds, Setting
 from penstock.core.signals import ClientLeft, EngineChosen, EngineSpoke, NoEngineLeft, Signal, TakenOver
 from penstock.core.tool_policy import ToolRule
 from penstock.core.verdicts import Watching

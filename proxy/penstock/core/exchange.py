@@ -1,22 +1,17 @@
-"""THE JOURNEY: one request, from the engine's bytes to the client's, and its single ending.
+"""One request, from its first signal to its single ending: what happened goes in, what shall be done comes out.
 
-    engine bytes -> reader -> channels -> stop strings -> tools -> policy -> citations -> moderation
-                 -> final values -> accounting -> blocks -> pacing -> numbered and spelled in the client's dialect
-                 -> client bytes
+    engine bytes -> reader -> the journey -> numbered and spelled in the client's dialect -> client bytes
 
-The shell tells it signals and carries out its commands, in their order. Nothing else knows the order of the
-steps, and no two steps know each other.
+The shell tells it signals and carries out its commands, in their order. What becomes of the answer on its way is
+`journey`'s to know, how it is put into bytes `transcript`'s; here it is decided when a stream begins, who speaks, what
+time means for it, and how it ends.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum
-from typing import Any, Literal, assert_never, cast
+from typing import Literal, assert_never, cast
 
-from penstock.core.accounting import Accounting, size_of
-from penstock.core.blocks import Blocks
-from penstock.core.channels import Channels, ReasoningPolicy
-from penstock.core.citations import CitationPattern, Citations
+from penstock.core.accounting import size_of
 from penstock.core.commands import (
     AbortEngine,
     AskAgain,
@@ -37,37 +32,31 @@ from penstock.core.commands import (
     TryAnotherEngine,
     WakeAt,
 )
-from penstock.core.dialects import NO_EXT, Ext, Spelling
+from penstock.core.dialects import Spelling
 from penstock.core.engine_stream import ChatReader, refusal_message
-from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, PolicyError, Problem
+from penstock.core.errors import EngineError, LimitReached, OurBug, Overloaded, Problem
 from penstock.core.events import (
     Annotation,
     EngineDone,
     EngineOpened,
     Event,
-    Extra,
     Failed,
     Finished,
     FinishReason,
-    Role,
     StreamEnded,
     StreamStarted,
     StreamStatus,
     Text,
-    ToolArguments,
     ToolEnded,
     ToolProgress,
     ToolResult,
-    ToolStarted,
     Usage,
     Warned,
     utf8_size,
 )
-from penstock.core.families import Family
-from penstock.core.moderation import Moderation
-from penstock.core.pacing import Pacing, SlowClient
+from penstock.core.journey import Journey
 from penstock.core.request import StreamRequest
-from penstock.core.rules import Policy
+from penstock.core.setting import Setting
 from penstock.core.signals import (
     Annotated,
     Broke,
@@ -92,68 +81,11 @@ from penstock.core.signals import (
     Unread,
     VerdictReached,
 )
-from penstock.core.stop_strings import StopStrings
-from penstock.core.structured import StructuredAnswers
-from penstock.core.tagged_stream import TaggedReader
 from penstock.core.timeline import Timeline
-from penstock.core.tool_calls import ToolCalls
-from penstock.core.tool_loop import ToolLoop
-from penstock.core.tool_policy import ToolPolicy, ToolRule
-from penstock.core.verdicts import Verdicts, Watching
-from penstock.core.wishes import LoopTerms
+from penstock.core.transcript import Transcript
 
-_USAGE_TICK_SECONDS = 1.0
-# Unknown engine fields that wait for an event to go with; an engine with more of them is not one to remember.
-_MOST_EXT = 64
 # What is not heard any more of an engine that was given up.
 _OF_AN_ENGINE = (EngineSpoke, EngineTagged, EngineAnswered, EngineRefused, EngineClosed)
-_CARRIES_EXT = (Role, Text, ToolStarted, ToolArguments, Finished, Usage)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The caps and times of one stream. Sizes in bytes, times in seconds."""
-
-    line_bytes: int
-    tool_call_bytes: int
-    stream_bytes: int
-    slow_client: SlowClient
-    stream_seconds: float
-    first_byte_seconds: float
-    heartbeat_seconds: float
-    engine_silence_seconds: float
-    hold_chars: int = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What an exchange is given: who it is, how it reads and what bounds it. `epoch_ms` is the time at `started`."""
-
-    stream_id: str
-    upstream: str
-    trace_id: str | None
-    family: Family
-    reasoning: ReasoningPolicy
-    bounds: Bounds
-    started: float
-    epoch_ms: int
-    tagged: TaggedReader | None = None
-    """Reads the plugin's records, where the engine sends those instead of its own chunks."""
-    loop: LoopTerms | None = None
-    """Which tools are run here; None where none is."""
-    tool_rules: Sequence[ToolRule] = ()
-    """Those of the policy that concern this caller."""
-    citations: Sequence[CitationPattern] = ()
-    resumable_until: int | None = None
-    """Unix milliseconds until which the log is kept at least; None where there is no log."""
-    is_logged: bool = True
-    """Whether events are kept, so that one that no client took was not said in vain."""
-    outlives_client: bool = False
-    """Whether the stream goes on where its client is cut off, so that one that comes back finds it."""
-    policy: Policy | None = None
-    """The moderation rules for this stream; None where there are none."""
-    watching: Watching | None = None
-    """The classifiers that judge the stream; None where there are none."""
 
 
 class _Phase(Enum):
@@ -181,42 +113,21 @@ class Exchange:
         self._tagged = setting.tagged
         self._upstream = setting.upstream
         self._gave_up: tuple[Ending, Problem] | None = None  # what made us look for another engine
-        tools = bool(request.tools)
-        self._channels = Channels(setting.family, policy=setting.reasoning, tools=tools, thinking=request.thinking)
-        self._tools = ToolCalls(request.tools, self._new_call_id)
-        self._stop_strings = StopStrings(request.stop, include=request.include_stop)
-        self._moderation = Moderation(
-            setting.policy,
-            most_held=setting.bounds.hold_chars,
-            fits=self._problem_of_call,
-            json_answer=request.wants_json,
-        )
-        self._policy = ToolPolicy(setting.tool_rules)
-        self._citations = Citations(setting.citations if request.citations else ())
-        self._structured = StructuredAnswers(request.structured)
-        self._loop = ToolLoop(setting.loop, request)
+        self._journey = Journey(request, setting, self._new_call_id)
         self._is_running_tools = False
-        self._verdicts = Verdicts(setting.watching)
         self._is_policed = setting.policy is not None or setting.watching is not None
         self._awaits_verdicts = False  # the engine has said all, and a finish waits for its verdicts
         self._engine_is_done = False
         self._asks_at: float | None = None
         self._timeline = Timeline() if request.audit_timeline else None
-        self._accounting = Accounting()
-        self._blocks = Blocks()
-        self._pacing = Pacing(setting.bounds.slow_client)
-        self._dialect = spell(self._accounting.tokens_of)
+        self._dialect = spell(self._journey.accounting.tokens_of)
         self._begun: StreamStarted | None = None
-        self._seq = 0
-        self._wanted_tokens: int | None = None  # generated when the last reader left
+        self._told = Transcript(self._dialect, self._start, started=setting.started, epoch_ms=setting.epoch_ms)
+        self._unsaid: list[Event] = []  # waits for the first event, since an answer may still be refused
         self._sent = 0
+        self._wanted_tokens: int | None = None  # generated when the last reader left
         self._last_write = setting.started
         self._last_heard = setting.started  # or asked about: the engine's health is asked once a silence
-        self._last_tick = setting.started
-        self._ticked_tokens = 0
-        self._first_text: float | None = None
-        self._ext: dict[int | None, Ext] = {}
-        self._unsaid: list[Event] = []  # waits for the first event, since an answer may still be refused
 
     @property
     def content_type(self) -> str:
@@ -229,12 +140,12 @@ class Exchange:
     @property
     def client_lags(self) -> bool:
         """Whether the shell is to tell `ClientBacklog` when the client has room again."""
-        return self._pacing.lags and self._phase is not _Phase.OVER
+        return self._journey.pacing.lags and self._phase is not _Phase.OVER
 
     @property
     def held_bytes(self) -> int:
         """What waits in here for a client that lags."""
-        return self._pacing.held_bytes
+        return self._journey.pacing.held_bytes
 
     def start(self) -> list[Command]:
         return [self._next_wake(self._setting.started)]
@@ -268,7 +179,7 @@ class Exchange:
                 return self._client_backlog(signal)
             case Unread() | ReadAgain():
                 is_read = isinstance(signal, ReadAgain)
-                self._wanted_tokens = None if is_read else self._accounting.generated_tokens
+                self._wanted_tokens = None if is_read else self._journey.accounting.generated_tokens
                 return []
             case Annotated() | ToolTried() | ToolReturned():
                 return self._annotate(signal) if isinstance(signal, Annotated) else self._run_on(signal)
@@ -297,75 +208,38 @@ class Exchange:
         items, done, failure = self._sort(heard)
         if self._timeline is not None:
             self._timeline.note(items, now - self._setting.started)
-        items = self._travel(items, now)
+        items = self._journey.travel(items, now)
         if self._unsaid and items:
             items, self._unsaid = [*self._unsaid, *items], []
         commands = self._send(items, now)
         if self._is_policed:
             commands = self._interventions() + commands + self._ask(now)
-            if (halt := self._halt) is not None:
+            if (halt := self._journey.halted) is not None:
                 return commands + self._end(Ending.HALTED, _told(halt), now)
         if failure is not None and self._is_untouched() and failure.status >= 500:
             return commands + self._try_another(Ending.ENGINE_ERROR, _problem_of(failure))
         if failure is not None:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
-        if done or (self._request.stop and self._is_answered()):
-            if self._verdicts.is_waiting:
+        if done or (self._request.stop and self._journey.has_stopped):
+            if self._journey.verdicts.is_waiting:
                 self._awaits_verdicts, self._engine_is_done = True, done
                 return commands
-            return commands + (self._run_tools() if self._loop.is_due else self._conclude(now, engine_is_done=done))
-        if max(self._sent, self._accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
+            return commands + self._engine_has_said_all(now, is_done=done)
+        if max(self._sent, self._journey.accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
-        if self._tools.longest_call > self._setting.bounds.tool_call_bytes:
+        if self._journey.longest_call > self._setting.bounds.tool_call_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._call_cap(), now)
-        return commands + self._pace(now) if self._pacing.lags else commands
-
-    def _travel(self, items: list[Event], now: float) -> list[Event]:
-        """Through the steps, in the one order there is."""
-        self._accounting.generated(items)
-        items = self._channels.feed(items)
-        items = self._stop_strings.feed(items)
-        items = self._tools.feed(items)
-        items = self._policy.feed(items)
-        items = self._citations.feed(items)
-        items = self._moderation.feed(items)
-        items = self._verdicts.feed(items, now)
-        items = self._structured.feed(items)
-        items = self._loop.feed(items)
-        items = self._accounting.feed(items)
-        items = self._blocks.feed(items)
-        self._tick_usage(items, now)
-        return self._pacing.feed(items)
-
-    def _let_go(self) -> list[Event]:
-        """What the steps still hold, when no more will come: text, and calls that stay unfinished."""
-        items, _, _ = self._sort((self._tagged or self._reader).close())
-        self._accounting.generated(items)
-        items = self._channels.feed(items) + self._channels.flush()
-        items = self._stop_strings.feed(items) + self._stop_strings.flush()
-        items = self._policy.feed(self._tools.feed(items) + self._tools.flush())
-        items = self._citations.feed(items) + self._citations.flush()
-        items = self._moderation.feed(items) + self._moderation.flush()
-        items = self._verdicts.feed(items, self._last_heard) + self._verdicts.flush()
-        return self._structured.feed(items) + self._structured.flush()
-
-    def _problem_of_call(self, name: str, arguments: str) -> str | None:
-        """Why a call may not be executed with arguments that are not the model's own any more, or None."""
-        return self._tools.problem_of(name, arguments) or self._policy.problem_of(name, arguments)
+        return commands + self._pace(now) if self._journey.pacing.lags else commands
 
     def _interventions(self) -> list[Command]:
-        return [NoteIntervention(one) for one in self._moderation.take_notes() + self._verdicts.take_notes()]
-
-    @property
-    def _halt(self) -> PolicyError | None:
-        return self._moderation.halted or self._verdicts.halted
+        return [NoteIntervention(one) for one in self._journey.take_interventions()]
 
     def _ask(self, now: float) -> list[Command]:
         """The windows that are full, and a clock for those that are not."""
-        self._verdicts.due(now)
-        asked = self._verdicts.take_questions()
+        self._journey.verdicts.due(now)
+        asked = self._journey.verdicts.take_questions()
         commands: list[Command] = [AskModerator(one.number, one.text, one.watches) for one in asked]
-        deadline = self._verdicts.deadline
+        deadline = self._journey.verdicts.deadline
         if deadline != self._asks_at:
             self._asks_at = deadline
             commands.append(self._next_wake(now))
@@ -374,18 +248,22 @@ class Exchange:
     def _judge(self, verdict: VerdictReached) -> list[Command]:
         """What a verdict lets go on its way, or the halt; and the end, if that was all that it waited for."""
         now = verdict.now
-        items = self._verdicts.hear(verdict.number, verdict.watch, verdict.opinion, verdict.category)
-        items = self._loop.feed(self._structured.feed(items))
-        items = self._pacing.feed(self._blocks.feed(self._accounting.feed(items)))
+        items = self._journey.judge(verdict)
         commands = self._interventions() + self._send(items, now)
-        if (halt := self._halt) is not None:
+        if (halt := self._journey.halted) is not None:
             return commands + self._end(Ending.HALTED, _told(halt), now)
-        if self._awaits_verdicts and not self._verdicts.is_waiting:
+        if self._awaits_verdicts and not self._journey.verdicts.is_waiting:
             self._awaits_verdicts = False
-            if self._loop.is_due:
-                return commands + self._run_tools()
-            return commands + self._conclude(now, engine_is_done=self._engine_is_done)
+            return commands + self._engine_has_said_all(now, is_done=self._engine_is_done)
         return commands
+
+    def _engine_has_said_all(self, now: float, *, is_done: bool) -> list[Command]:
+        return self._run_tools() if self._journey.loop.is_due else self._conclude(now, engine_is_done=is_done)
+
+    def _let_go(self) -> list[Event]:
+        """What the reader and the steps still hold, when no more will come."""
+        items, _, _ = self._sort((self._tagged or self._reader).close())
+        return self._journey.let_go(items, self._last_heard)
 
     def _sort(self, heard: list[Event]) -> tuple[list[Event], bool, Failed | None]:
         """Takes out of what was heard what concerns the whole exchange and no step."""
@@ -412,97 +290,45 @@ class Exchange:
             trace_id=self._setting.trace_id,
             engine_id=opened.engine_id or f"chatcmpl-{self._setting.stream_id}",
             created=opened.created,
-            whole=self._moderation.without_unseen_text(opened.whole) if opened.whole else None,
+            whole=self._journey.moderation.without_unseen_text(opened.whole) if opened.whole else None,
             resumable_until=self._setting.resumable_until,
             continues=self._request.continues,
         )
         if opened.state is not None:
-            self._channels.begin_in(opened.state)
-
-    def _tick_usage(self, items: list[Event], now: float) -> None:
-        if now - self._last_tick < _USAGE_TICK_SECONDS:
-            return
-        tokens = self._accounting.generated_tokens
-        if tokens != self._ticked_tokens:
-            self._last_tick, self._ticked_tokens = now, tokens
-            items.append(self._accounting.usage(final=False))
-
-    def _is_answered(self) -> bool:
-        """Every choice is finished though the engine goes on: our own stop strings cut them."""
-        return all(map(self._stop_strings.has_stopped, range(self._request.choices)))
+            self._journey.begin_in(opened.state)
 
     # -- to the client -----------------------------------------------------------------------------
 
     def _send(self, items: list[Event], now: float) -> list[Command]:
-        data = self._spell(items, now)
+        data = self._told.spell(items, now)
         if not self._dialect.streams or not data:
             return []
         self._sent += len(data)
         self._last_write = now
         if self._phase is _Phase.WAITING:
             self._phase = _Phase.OPEN
-            return [OpenClient(self._dialect.preamble), SendToClient(data, self._seq)]
-        return [SendToClient(data, self._seq)]
+            return [OpenClient(self._dialect.preamble), SendToClient(data, self._told.seq)]
+        return [SendToClient(data, self._told.seq)]
 
-    def _spell(self, items: list[Event], now: float) -> bytes:
-        """Numbers each event and encodes it, once; what one read brought is one write."""
-        ts = self._setting.epoch_ms + int((now - self._setting.started) * 1000)
-        pieces: list[bytes] = []
-        render: Callable[[Any, int, int, Ext], bytes] = self._dialect.render  # behind the steps all are client events
-        for item in items:
-            if isinstance(item, Extra):
-                self._keep(item)
-                continue
-            if self._seq == 0:
-                pieces.append(self._spell_start(ts))
-            if self._first_text is None and isinstance(item, Text | ToolStarted):
-                self._first_text = now
-            self._seq += 1
-            ext = self._take_ext(item) if self._ext else NO_EXT
-            pieces.append(render(item, self._seq, ts, ext))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _spell_start(self, ts: int) -> bytes:
+    def _start(self) -> StreamStarted:
         if self._begun is None:
             self._begin(EngineOpened(None, None, None))
-        self._seq = 1
-        return self._dialect.render(cast(StreamStarted, self._begun), 1, ts, NO_EXT)
-
-    def _keep(self, extra: Extra) -> None:
-        ext = self._ext.setdefault(extra.choice, Ext())
-        where = ext.beside if extra.choice is None else ext.delta if extra.in_delta else ext.choice
-        if len(where) < _MOST_EXT:
-            where.update(extra.fields)
-
-    def _take_ext(self, item: Event) -> Ext:
-        """Engine fields for this event: those of its choice and those beside the choices; at the end, all left."""
-        ext = Ext()
-        last = isinstance(item, StreamEnded)
-        is_tick = isinstance(item, Usage) and not item.final  # foreign dialects have no word for it
-        if is_tick or not (last or isinstance(item, _CARRIES_EXT)):
-            return ext
-        for choice in list(self._ext):
-            if last or choice is None or choice == getattr(item, "choice", None):
-                waiting = self._ext.pop(choice)
-                ext.beside |= waiting.beside
-                ext.choice |= waiting.choice
-                ext.delta |= waiting.delta
-        return ext
+        return cast(StreamStarted, self._begun)
 
     def _client_backlog(self, signal: ClientBacklog) -> list[Command]:
         if self._phase is not _Phase.OPEN:
             return []  # nothing was sent, so nothing can wait
-        commands = self._send(self._pacing.told(signal.unsent, signal.now), signal.now)
+        commands = self._send(self._journey.pacing.told(signal.unsent, signal.now), signal.now)
         return [*commands, *self._pace(signal.now), *self._wake_again(signal.now)]
 
     def _pace(self, now: float) -> list[Command]:
         """What a client that lags, or lags no more, means for the engine and for itself."""
-        if self._pacing.must_pause(shared=self._tagged is not None):
+        if self._journey.pacing.must_pause(shared=self._tagged is not None):
             return [PauseEngine()]
-        if self._pacing.may_resume():
+        if self._journey.pacing.may_resume():
             self._last_heard = now
             return [ResumeEngine()]
-        problem = self._pacing.verdict(now)
+        problem = self._journey.pacing.verdict(now)
         if problem is None:
             return []
         if self._setting.outlives_client:
@@ -512,16 +338,16 @@ class Exchange:
     def _cut_off(self, problem: Problem, now: float) -> list[Command]:
         """The connection ends, the stream does not: from here on it goes into the log, and nobody lags."""
         commands: list[Command] = [CutClient(self._dialect.cut_off(problem))]
-        waiting = self._pacing.told(0, now) + self._pacing.let_go()
+        waiting = self._journey.pacing.told(0, now) + self._journey.pacing.let_go()
         return [*commands, *self._send(waiting, now), *self._pace(now)]
 
     def _annotate(self, noted: Annotated) -> list[Command]:
         """What a backend adds goes out behind what was sent so far, but never before the stream has begun."""
         note = Annotation(noted.kind, noted.data, None, noted.anchor)
-        if self._seq == 0:
+        if self._told.seq == 0:
             self._unsaid.append(note)
             return []
-        return self._send(self._pacing.feed([note]), noted.now)
+        return self._send(self._journey.pacing.feed([note]), noted.now)
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -540,11 +366,11 @@ class Exchange:
                 commands.append(OpenClient(self._dialect.preamble))
         elif self._dialect.streams and now >= self._last_write + bounds.heartbeat_seconds:
             self._last_write = now
-            if not self._pacing.lags:  # whoever lags has enough to read
+            if not self._journey.pacing.lags:  # whoever lags has enough to read
                 commands.append(SendToClient(self._dialect.heartbeat))
         if now >= self._last_heard + bounds.engine_silence_seconds:
             self._last_heard = now
-            if not self._pacing.is_paused:  # its silence is our doing
+            if not self._journey.pacing.is_paused:  # its silence is our doing
                 commands.append(AskEngineHealth())
         asks = self._ask(now) if self._is_policed else []
         return [*commands, *asks, *self._pace(now), *self._wake_again(now)]
@@ -559,7 +385,7 @@ class Exchange:
             waiting = self._phase is _Phase.WAITING
             idle = started + bounds.first_byte_seconds if waiting else self._last_write + bounds.heartbeat_seconds
             when = min(when, idle)
-        looks = (self._pacing.next_look(now), self._verdicts.deadline)
+        looks = (self._journey.pacing.next_look(now), self._journey.verdicts.deadline)
         return WakeAt(min(when, *(look for look in looks if look is not None)) if any(looks) else when)
 
     # -- endings -----------------------------------------------------------------------------------
@@ -568,20 +394,20 @@ class Exchange:
         items, _, _ = self._sort((self._tagged or self._reader).close())
         if self._awaits_verdicts:
             return []  # it had said all
-        commands = self._send(self._travel(items, signal.now), signal.now)
+        commands = self._send(self._journey.travel(items, signal.now), signal.now)
         if self._is_policed:
             commands = self._interventions() + commands + self._ask(signal.now)
-            if (halt := self._halt) is not None:
+            if (halt := self._journey.halted) is not None:
                 return commands + self._end(Ending.HALTED, _told(halt), signal.now)
         problem = signal.problem
-        if problem is None and self._verdicts.is_waiting:
+        if problem is None and self._journey.verdicts.is_waiting:
             self._awaits_verdicts, self._engine_is_done = True, True
             return commands
-        if problem is None and self._loop.is_due:
+        if problem is None and self._journey.loop.is_due:
             return commands + self._run_tools()
-        if problem is None and self._has_finished():
+        if problem is None and self._journey.has_finished:
             warned = Warned("missing_done", "the engine closed without its end mark")
-            commands += self._send(self._pacing.feed([warned]), signal.now)
+            commands += self._send(self._journey.pacing.feed([warned]), signal.now)
             return commands + self._conclude(signal.now, engine_is_done=True)
         if problem is None:
             problem = EngineError("engine_incomplete", "the engine's answer ended without saying how it finished")
@@ -603,7 +429,7 @@ class Exchange:
 
     def _run_tools(self) -> list[Command]:
         self._is_running_tools = True
-        return [RunTools(self._loop.runs())]
+        return [RunTools(self._journey.loop.runs())]
 
     def _run_on(self, signal: ToolTried | ToolReturned) -> list[Command]:
         """A call is tried, or has come back; when all have, the model is asked again."""
@@ -614,32 +440,27 @@ class Exchange:
             return self._tell_of_tools([ToolProgress(0, call_id, name, status, signal.attempt)], signal.now)
         size, duration = utf8_size(signal.answer), int(signal.seconds * 1000)
         result = ToolResult(0, call_id, name, signal.problem is None, size, duration, signal.problem)
-        commands = self._tell_of_tools([self._loop.take(call_id, signal.answer, result)], signal.now)
-        if not self._loop.is_answered:
+        commands = self._tell_of_tools([self._journey.loop.take(call_id, signal.answer, result)], signal.now)
+        if not self._journey.loop.is_answered:
             return commands
-        request, told = self._loop.ask_again()
+        request, told = self._journey.loop.ask_again()
         self._begin_round(request)
-        return [*commands, *self._tell_of_tools(told, signal.now), AskAgain(request, self._loop.round)]
+        return [*commands, *self._tell_of_tools(told, signal.now), AskAgain(request, self._journey.loop.round)]
 
     def _tell_of_tools(self, items: list[Event], now: float) -> list[Command]:
-        return self._send(self._pacing.feed(self._blocks.feed(items)), now)
+        return self._send(self._journey.tell(items), now)
 
     def _begin_round(self, request: StreamRequest) -> None:
         """The engine speaks anew; what the client has seen goes on."""
         self._is_running_tools = False
         self._request = request
-        family, policy, thinking = self._setting.family, self._setting.reasoning, request.thinking
-        self._channels = Channels(family, policy=policy, tools=bool(request.tools), thinking=thinking)
-        self._stop_strings = StopStrings(request.stop, include=request.include_stop)
-        self._tools.next_round()
-        self._policy.next_round()
-        self._accounting.next_round()
+        self._journey.begin_round(request)
 
     # -- another engine ----------------------------------------------------------------------------
 
     def _is_untouched(self) -> bool:
         """No event was told and no token heard, so another engine may answer and nobody can tell the difference."""
-        return self._seq == 0 and self._accounting.generated_tokens == 0 and self._accounting.generated_bytes == 0
+        return self._told.seq == 0 and self._journey.has_heard_nothing
 
     def _try_another(self, ending: Ending, problem: Problem) -> list[Command]:
         self._gave_up = (ending, problem)
@@ -649,7 +470,7 @@ class Exchange:
         self._upstream, self._tagged = chosen.upstream, chosen.tagged
         self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices, self._request.engine_stops)
         self._begun, self._gave_up, self._last_heard = None, None, chosen.now
-        self._ext.clear()
+        self._told.forget_ext()
         return []
 
     def _without_engine(self, signal: NoEngineLeft) -> list[Command]:
@@ -661,7 +482,7 @@ class Exchange:
             message = "the store that logs the streams is gone, and nothing is sent here that is not logged; try again"
             return self._fail(Ending.STORE_LOST, Overloaded("store_lost", message), signal.now)
         warning = Warned("resume_lost", "from here on the stream can be resumed at this replica only")
-        if self._seq == 0:
+        if self._told.seq == 0:
             self._unsaid.append(warning)
             return []
         return self._send([warning], signal.now)
@@ -675,52 +496,49 @@ class Exchange:
     def _drop(self, ending: Ending, now: float) -> list[Command]:
         """The end of a stream to which nothing can be said any more."""
         self._phase = _Phase.OVER
-        held = self._pacing.let_go()
-        self._accounting.take_back(held)
+        held = self._journey.pacing.let_go()
+        self._journey.accounting.take_back(held)
         unsent = size_of(held) + size_of(self._let_go())
-        usage = self._accounting.usage(final=True, wanted_tokens=self._wanted())
+        usage = self._journey.accounting.usage(final=True, wanted_tokens=self._wanted())
         record = self._record(ending, usage, None, now, unsent)
         return [AbortEngine(), *self._interventions(), record, Close()]
 
     def _wanted(self) -> int:
-        return self._accounting.generated_tokens if self._wanted_tokens is None else self._wanted_tokens
-
-    def _has_finished(self) -> bool:
-        return all(map(self._blocks.is_finished, range(self._request.choices)))
+        return self._journey.accounting.generated_tokens if self._wanted_tokens is None else self._wanted_tokens
 
     def _conclude(self, now: float, *, engine_is_done: bool) -> list[Command]:
         """The engine has said all; it counts as success only if it told of every choice how it finished."""
-        if not self._has_finished():
+        if not self._journey.has_finished:
             problem = EngineError("engine_incomplete", "the engine ended its stream without finishing each choice")
             return self._fail(Ending.ENGINE_ERROR, problem, now)
-        reasons = self._blocks.finish_reasons
+        reasons = self._journey.blocks.finish_reasons
         status: StreamStatus = "incomplete" if "length" in reasons else "completed"
-        held = self._blocks.feed(self._accounting.feed(self._let_go()))
-        if (halt := self._halt) is not None:
+        held = self._journey.count(self._let_go())
+        if (halt := self._journey.halted) is not None:
             return self._send(held, now) + self._end(Ending.HALTED, _told(halt), now)
         abort: list[Command] = [] if engine_is_done else [AbortEngine()]
         return abort + self._finish(held, Ending.COMPLETED, status, None, now)
 
     def _fail(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
-        if self._phase is _Phase.WAITING and self._seq == 0:
+        if self._phase is _Phase.WAITING and self._told.seq == 0:
             return self._respond_problem(ending, problem, now)
         return self._end(ending, _told(problem), now)
 
     def _end(self, ending: Ending, failure: Failed | None, now: float) -> list[Command]:
         """Any ending but success: what was held, the error, then every open thing is closed as incomplete."""
-        if failure is not None and self._phase is _Phase.WAITING and self._seq == 0:
+        if failure is not None and self._phase is _Phase.WAITING and self._told.seq == 0:
             refused = failure.status < 500 and ending is Ending.ENGINE_ERROR
             return self._respond_problem(Ending.REFUSED if refused else ending, _problem_of(failure), now)
-        held = self._blocks.feed(self._accounting.feed(self._let_go()))
+        held = self._journey.count(self._let_go())
         ends = [event for event in held if isinstance(event, ToolEnded) and event.status == "incomplete"]
         is_halt = ending is Ending.HALTED
         reason: FinishReason = "content_filter" if is_halt else "cancelled" if failure is None else "error"
         cause = None if is_halt else "abort" if failure is None else "error"
-        unfinished = [n for n in range(self._request.choices) if not self._blocks.is_finished(n)]
+        unfinished = [n for n in range(self._request.choices) if not self._journey.blocks.is_finished(n)]
         error: list[Event] = [failure] if failure else []
         finishes: list[Event] = [Finished(n, None, reason=reason, cause=cause) for n in unfinished]
         told = [event for event in held if not (isinstance(event, ToolEnded) and event.status == "incomplete")]
-        events = told + error + ends + self._blocks.break_off() + self._blocks.feed(finishes)
+        events = told + error + ends + self._journey.blocks.break_off() + self._journey.blocks.feed(finishes)
         status: StreamStatus = "cancelled" if failure is None else "failed"
         return [AbortEngine(), *self._finish(events, ending, status, failure, now)]
 
@@ -728,15 +546,15 @@ class Exchange:
         self, events: list[Event], ending: Ending, status: StreamStatus, failure: Failed | None, now: float
     ) -> list[Command]:
         """The last words of every stream: what still waits for its client, its final usage and its end."""
-        events, self._unsaid = [*self._unsaid, *self._pacing.let_go(), *events], []
+        events, self._unsaid = [*self._unsaid, *self._journey.pacing.let_go(), *events], []
         is_cancelled = failure is None and status == "cancelled"
-        usage = self._accounting.usage(final=True, wanted_tokens=self._wanted() if is_cancelled else None)
+        usage = self._journey.accounting.usage(final=True, wanted_tokens=self._wanted() if is_cancelled else None)
         started = self._setting.started
-        ttft = None if self._first_text is None else int((self._first_text - started) * 1000)
-        # Counted before spelling: the start may still have to be told, `usage` and `stream.end` are the last two.
-        told = sum(not isinstance(event, Extra) for event in events)
-        count = (self._seq or 1) + told + 2
-        end = StreamEnded(status, self._blocks.finish_reasons, count, int((now - started) * 1000), ttft)
+        ttft = self._told.ttft_seconds
+        # Counted before it is spelled: `usage` and `stream.end` are the last two.
+        count = self._told.number_after(events) + 2
+        ttft_ms = None if ttft is None else int(ttft * 1000)
+        end = StreamEnded(status, self._journey.blocks.finish_reasons, count, int((now - started) * 1000), ttft_ms)
         commands = self._send([*events, usage, end], now)
         if not self._dialect.streams:
             code, body = self._dialect.whole()
@@ -749,7 +567,7 @@ class Exchange:
         """Nothing was sent yet, so the failure is a real HTTP status."""
         self._phase = _Phase.OVER
         unsent = size_of(self._let_go())
-        usage = self._accounting.usage(final=True)
+        usage = self._journey.accounting.usage(final=True)
         body = self._dialect.refusal(problem)
         return [
             AbortEngine(),
@@ -764,11 +582,11 @@ class Exchange:
         return RecordUsage(
             ending=ending,
             usage=usage,
-            finish_reasons=self._blocks.finish_reasons,
+            finish_reasons=self._journey.blocks.finish_reasons,
             error_code=code,
             model=self._begun.model if self._begun else None,
             engine_id=self._begun.engine_id if self._begun else None,
-            ttft_seconds=None if self._first_text is None else self._first_text - started,
+            ttft_seconds=self._told.ttft_seconds,
             duration_seconds=now - started,
             unsent_bytes=unsent,
             timeline=None if self._timeline is None else self._timeline.entries,

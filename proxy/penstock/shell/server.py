@@ -18,11 +18,12 @@ from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Dialect, Form, Spelling, native, openai_chat
 from penstock.core.dialects.tool_release import ReleasedCalls
 from penstock.core.errors import CallerError, OurBug, Overloaded, Problem
-from penstock.core.exchange import Bounds, Exchange, Setting
+from penstock.core.exchange import Exchange
 from penstock.core.families import Family, choose_family
 from penstock.core.notes import read_note
 from penstock.core.request import StreamRequest, read_request
 from penstock.core.rules import Policy
+from penstock.core.setting import Bounds, Setting
 from penstock.core.tagged_stream import TaggedReader
 from penstock.core.wishes import LoopTerms
 from penstock.settings import Settings
