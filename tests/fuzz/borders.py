@@ -28,8 +28,8 @@ from penstock.core.signals import EngineClosed
 from penstock.core.verifier import LogError, parse_log, verify
 from penstock.settings import SettingsError, load_settings
 from penstock.shell import tokens
+from penstock.shell.accept import accepted
 from penstock.shell.auth import Gatekeeper, hash_key
-from penstock.shell.server import _accepted
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE
 from support.playbook import STARTED, ask, play
@@ -101,7 +101,7 @@ def headers(data: bytes) -> None:
     """Every header that we read, as aiohttp gives it: bytes that are no UTF-8 as lone surrogates."""
     value = data.decode(errors="surrogateescape")
     with contextlib.suppress(CallerError):
-        _accepted(value)
+        accepted(value)
     with contextlib.suppress(CallerError):
         key = resuming.read_idempotency_key(value)
         assert key is None or key.isprintable()

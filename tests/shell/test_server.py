@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from penstock.core.verifier import parse_log, verify
-from penstock.shell import server
+from penstock.shell import serving
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Json, calling, chat
 from support.sidecar import sidecar
@@ -478,7 +478,7 @@ async def test_a_fault_of_our_own_before_the_stream_is_a_500(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(server, "read_request", broken)
+    monkeypatch.setattr(serving, "read_request", broken)
     answer = await setup.caller.post(route, chat())
     assert (answer.status, answer.error["code"]) == (500, "internal_error")
     assert "out of order" not in answer.error["message"]

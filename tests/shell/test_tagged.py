@@ -658,8 +658,13 @@ async def test_steps_that_wait_are_walked_through_at_once(setup: Setup) -> None:
     assert len((await answer).of("delta.text")) < 50
 
 
-async def test_a_client_that_stalls_is_cut_off_and_the_others_go_on(plugin: FakePlugin) -> None:
-    async with in_front_of(plugin, limits__buffer_bytes=65536, timing__closing_seconds=0.3) as setup:
+async def test_a_client_that_stalls_is_cut_off_and_the_others_go_on(
+    plugin: FakePlugin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing lingers its stream ends with it, long before the cap on its bytes."""
+    caplog.set_level("INFO", "penstock")
+    bounds: dict[str, Any] = {"limits__buffer_bytes": 65536, "timing__closing_seconds": 0.3, "store__linger_seconds": 0}
+    async with in_front_of(plugin, **bounds) as setup:
         async with not_reading(setup):
             [stalled] = await plugin.opened(1)
             other, stream = await setup.asks()
@@ -671,6 +676,7 @@ async def test_a_client_that_stalls_is_cut_off_and_the_others_go_on(plugin: Fake
                 await plugin.send(*next(steps), *stream.says("Hello "))
                 await asyncio.sleep(0)
             assert plugin.aborts == [stalled.number]
+            assert "ended client_too_slow" in caplog.text
             await plugin.send(*stream.ends())
             told = await other
             assert set(told.text().split()) == {"Hello"}

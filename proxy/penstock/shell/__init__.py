@@ -1,8 +1,9 @@
 """The shell: all the awaiting.
 
-`server` has the routes and makes an exchange for each request that `admission` has room for; `driver` carries one
-exchange between `engine` (the connection to vLLM) and `client` (the connection to the caller). `cluster` chooses the
-engine, `sources` are the ways an answer comes, `tagged` is the connection to the plugin. Between driver and client
+`server` has the routes, `accept` chooses a form of the events; `serving` makes an exchange for each request that
+`admission` has room for, and `asking` finds who answers it. `driver` carries one exchange between `engine` (the
+connection to vLLM) and `client` (the connection to the caller). `cluster` chooses the engine, `sources` are the ways
+an answer comes, `tagged` is the connection to the plugin. Between driver and client
 stands `streams`: every event goes into a log of `stores/` before it is sent, and `resume` answers from logs. `auth`
 knows the keys and lets callers in; `books` opens an account for each stream: `rate_limits` over `ledgers`, and
 `usage_records`. `tokens` asks an issuer who a caller is, `callers` says what one is; `tls` and `cors` guard the door,
