@@ -1,7 +1,7 @@
 """Several engines behind one Penstock, over real sockets: who is asked, and what becomes of requests to the broken."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,10 @@ from penstock.settings import load_settings
 from penstock.shell.engine import look_up
 from penstock.shell.replay import serving
 from support import chunks
-from support.http_client import FOLDED, NDJSON, SSE, Caller, Json, calling, chat
+from support.http_client import FOLDED, NDJSON, SSE, Json, calling, chat
 from support.sidecar import Sidecar, sidecar
 from support.sockets import until
-from support.upstreams import Handler, Seen, answering, engine_app, opened, saying, silence
+from support.upstreams import Handler, Stage, answering, engine_app, in_front_of_all, opened, saying, silence
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 
@@ -26,38 +26,6 @@ HELLO = chunks.answer_of(["Hello", "!"])
 FORMS = [(STREAMS, SSE), (STREAMS, NDJSON), (STREAMS, FOLDED), (CHAT, "*/*")]
 forms = pytest.mark.parametrize(("route", "accept"), FORMS, ids=["events", "lines", "folded", "chunks"])
 NOWHERE = "http://127.0.0.1:9"
-
-
-class Stage:
-    """Penstock, its caller, and what each engine saw."""
-
-    def __init__(self, running: Sidecar, caller: Caller, seen: list[Seen]) -> None:
-        self.sidecar = running
-        self.caller = caller
-        self.seen = seen
-
-    @property
-    def requests(self) -> list[int]:
-        return [seen.requests for seen in self.seen]
-
-    def make_busy(self, *numbers: int) -> None:
-        """As if these engines had many streams, so that another is chosen."""
-        for number in numbers:
-            self.sidecar.server.cluster.members[number].others += 1000
-
-
-@asynccontextmanager
-async def in_front_of_all(answers: Sequence[Handler | str], **flags: Any) -> AsyncIterator[Stage]:
-    """Penstock in front of an engine for each of `answers`; a text is the address of an engine that is elsewhere."""
-    async with AsyncExitStack() as stack:
-        urls, all_seen = [], []
-        for answer in answers:
-            app, seen = engine_app(answer) if callable(answer) else (web.Application(), Seen())
-            urls.append(answer if isinstance(answer, str) else await stack.enter_async_context(serving(app)))
-            all_seen.append(seen)
-        running = await stack.enter_async_context(sidecar(urls, **flags))
-        caller = await stack.enter_async_context(calling(running.url))
-        yield Stage(running, caller, all_seen)
 
 
 async def hangs_up(request: web.Request) -> web.StreamResponse:

@@ -25,6 +25,7 @@ from support.upstreams import (
     answering,
     engine_app,
     in_front_of,
+    in_front_of_all,
     opened,
     replay,
     replayed,
@@ -160,6 +161,18 @@ async def test_a_failed_stream_is_an_error_on_both_spans(
     assert server.attributes["penstock.ending"] == ending
     for span in (server, client):
         assert (span.status, span.attributes["error.type"]) == (ERROR, code)
+
+
+async def test_an_engine_that_was_given_up_has_an_error_on_its_own_span_only(receiver: Receiver) -> None:
+    """The stream that another engine answered is none."""
+    async with in_front_of_all([answering(b"", 503, "text/plain"), saying(*HELLO)]) as stage:
+        stage.make_busy(1)
+        assert (await stage.caller.stream()).text() == "Hello!"
+    failed, answered = (span for span in receiver.spans if span.kind == CLIENT)
+    server = receiver.of_kind(SERVER)
+    assert (failed.status, failed.attributes["error.type"]) == (ERROR, "engine_refused")
+    assert (answered.status, server.status) == (OK, OK)
+    assert failed.parent_id == answered.parent_id == server.span_id
 
 
 async def test_a_cancelled_stream_is_no_error_but_an_estimate(receiver: Receiver) -> None:

@@ -1,8 +1,8 @@
 """Engines that are not: recorded ones that misbehave on request, and ones that a test makes of a few lines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,3 +143,38 @@ async def opened(request: web.Request) -> web.StreamResponse:
 async def silence() -> None:
     """For ever; ends when the connection does."""
     await asyncio.get_running_loop().create_future()
+
+
+# --- Several engines --------------------------------------------------------------------------------
+
+
+class Stage:
+    """Penstock, its caller, and what each engine saw."""
+
+    def __init__(self, running: Sidecar, caller: Caller, seen: list[Seen]) -> None:
+        self.sidecar = running
+        self.caller = caller
+        self.seen = seen
+
+    @property
+    def requests(self) -> list[int]:
+        return [seen.requests for seen in self.seen]
+
+    def make_busy(self, *numbers: int) -> None:
+        """As if these engines had many streams, so that another is chosen."""
+        for number in numbers:
+            self.sidecar.server.cluster.members[number].others += 1000
+
+
+@asynccontextmanager
+async def in_front_of_all(answers: Sequence[Handler | str], **flags: Any) -> AsyncIterator[Stage]:
+    """Penstock in front of an engine for each of `answers`; a text is the address of an engine that is elsewhere."""
+    async with AsyncExitStack() as stack:
+        urls, all_seen = [], []
+        for answer in answers:
+            app, seen = engine_app(answer) if callable(answer) else (web.Application(), Seen())
+            urls.append(answer if isinstance(answer, str) else await stack.enter_async_context(serving(app)))
+            all_seen.append(seen)
+        running = await stack.enter_async_context(sidecar(urls, **flags))
+        caller = await stack.enter_async_context(calling(running.url))
+        yield Stage(running, caller, all_seen)

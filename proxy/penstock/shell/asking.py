@@ -85,7 +85,8 @@ class Asking:
             return self._put(question, request, number, engine)
 
         wish = self._cluster.wish(question.http.headers, request)
-        return ClusterAnswer(self._cluster, wish, put, self._settings.routing.retries)
+        retries = self._settings.routing.retries
+        return ClusterAnswer(self._cluster, wish, put, retries, gave_up=question.trace.give_up_engine)
 
     def _put(
         self, question: Question, request: StreamRequest, number: int, engine: Engine

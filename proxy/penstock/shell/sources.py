@@ -229,14 +229,17 @@ class ClusterAnswer:
     """The answer of the engine that the cluster chooses, and of another where that one fails before its first token.
 
     Each engine is asked once. Failures in which an engine may have worked on the request use up `retries`: a request
-    that kills engines must not be handed on until none is left.
+    that kills engines must not be handed on until none is left. `gave_up` is told of each engine that failed so.
     """
 
-    def __init__(self, cluster: Cluster, wish: Wish, ask: Ask, retries: int) -> None:
+    def __init__(
+        self, cluster: Cluster, wish: Wish, ask: Ask, retries: int, gave_up: Callable[[Problem], None]
+    ) -> None:
         self._cluster = cluster
         self._wish = wish
         self._ask = ask
         self._retries = retries
+        self._gave_up = gave_up
         self._now = asyncio.get_running_loop().time
         self._engine: Engine | None = None
         self._answer: Answer | None = None
@@ -270,6 +273,7 @@ class ClusterAnswer:
         if problem.code != _COSTS_NOTHING and problem.status not in _FULL:
             self._retries -= 1
         self._failed = True
+        self._gave_up(problem)
         self.abort()
         if self._attempt is not None:
             self._attempt.cancel()

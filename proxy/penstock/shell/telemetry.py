@@ -21,6 +21,7 @@ from opentelemetry.util.types import AttributeValue
 
 from penstock import __version__
 from penstock.core.commands import Ending, RecordUsage
+from penstock.core.errors import Problem
 from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
@@ -105,6 +106,11 @@ class StreamTrace:
         propagate.inject(headers, trace.set_span_in_context(self._client, self._context))
         return headers
 
+    def give_up_engine(self, problem: Problem) -> None:
+        """It failed before its first token; whether another one is called or none is left, its span says so."""
+        if self._client is not None:
+            self._fail(self._client, problem.code)
+
     @contextmanager
     def run_tool(self, run: ToolRun) -> Iterator[Mapping[str, str]]:
         """The span of one call that is run here, and the headers that carry the context on to the tool."""
@@ -154,10 +160,13 @@ class StreamTrace:
     @staticmethod
     def _settle(span: Span, record: RecordUsage) -> None:
         if record.ending not in _NOT_ERRORS:
-            code = record.error_code or record.ending.value
-            span.set_attribute("error.type", code)
-            span.set_status(Status(StatusCode.ERROR, code))
+            StreamTrace._fail(span, record.error_code or record.ending.value)
         span.end()
+
+    @staticmethod
+    def _fail(span: Span, code: str) -> None:
+        span.set_attribute("error.type", code)
+        span.set_status(Status(StatusCode.ERROR, code))
 
 
 def context_of(trace_id: str | None, span_id: str | None) -> Context | None:
