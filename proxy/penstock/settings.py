@@ -23,6 +23,8 @@ from penstock.moderation_settings import AuditSettings, ModerationSettings
 from penstock.tool_settings import Annotations, Tools
 
 _PREFIX = "PENSTOCK_"
+# The flag of a setting is the last word of its key, but for these.
+_FLAGS = {"upstreams": "--upstream"}
 # Values that are never shown, not even where they are wrong: a key is easily put in the place of its hash.
 _SECRET = re.compile(r"auth\.keys\b.*|.*\bapi_key\b.*|store\.url")
 
@@ -414,7 +416,8 @@ def _merged(
         _merge(merged, _nested(path, value), sources, name)
     for key, value in (flags or {}).items():
         if value is not None:
-            _merge(merged, _nested(key.split("."), value), sources, f"--{key.split('.')[-1].replace('_', '-')}")
+            flag = _FLAGS.get(key, f"--{key.split('.')[-1].replace('_', '-')}")
+            _merge(merged, _nested(key.split("."), value), sources, flag)
     return merged
 
 

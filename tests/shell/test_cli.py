@@ -116,6 +116,7 @@ def test_check_config_shows_the_settings_and_no_secret(tmp_path: Path, capsys: C
     ("arguments", "sentence"),
     [
         (["check-config"], "upstreams: is missing"),
+        (["check-config", "--upstream", "vllm:8000"], "upstreams.0.url: 'vllm:8000' (from --upstream) is wrong"),
         (["check-config", *UPSTREAM, "--reasoning", "loud"], "reasoning: 'loud' (from --reasoning) is wrong"),
         (["check-config", *UPSTREAM, "--host", "10.0.0.1"], "auth.keys_file"),
         (["check-config", *UPSTREAM, "--keys-file", "nothing.txt"], "auth.keys_file: nothing.txt cannot be read"),

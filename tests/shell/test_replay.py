@@ -256,6 +256,14 @@ async def test_small_writes_are_not_held_back(shelf: Path) -> None:
         assert await caller.get("/no-delay") == "true"
 
 
+async def test_the_shipped_recordings_answer_streamed_and_not() -> None:
+    async with calling(make_app(await asyncio.to_thread(load_recordings), speed=0)) as caller:
+        for stream, content_type in ((True, "text/event-stream"), (False, "application/json")):
+            async with caller.ask({"stream": stream, "messages": [{"role": "user", "content": "hi"}]}) as response:
+                assert (response.status, response.content_type) == (200, content_type)
+                assert b"Hello" in await response.read()
+
+
 # --- Time -------------------------------------------------------------------------------------------
 
 

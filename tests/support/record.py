@@ -365,6 +365,9 @@ EXCHANGES: dict[str, Exchange] = {
 
 DEMO: dict[str, Exchange] = {
     "hello": Exchange("A short answer.", ("Hello! How can I help you today?",), CONTINUOUS, pause_ms=22),
+    "hello-whole": Exchange(
+        "The same, not streamed.", ("Hello! How can I help you today?",), stream=False, pause_ms=22
+    ),
     "tour": Exchange(
         "Reasoning, an answer with emoji and CJK, and a tool call, as raw text of the model.",
         (TOUR,),

@@ -181,13 +181,15 @@ class _ChosenReader:
     def feed(self, text: str) -> list[Part]:
         if self._reader is not None:
             return self._reader.feed(text)
-        return self._choose(text).feed(text) if text.strip() else [Part("markup", text)]
+        rest = text.lstrip()
+        space = [Part("markup", text[: len(text) - len(rest)])] if len(rest) < len(text) else []
+        return space + self._choose(rest).feed(rest) if rest else space
 
     def close(self) -> list[Part]:
         return (self._reader or self._choose("")).close()
 
     def _choose(self, text: str) -> Reader:
-        is_xml = text.lstrip().startswith("<")
+        is_xml = text.startswith("<")
         chosen = next(syntax for syntax in self._syntaxes if isinstance(syntax, _XmlSyntax) is is_xml)
         self._reader = self._made(chosen)
         return self._reader
