@@ -24,15 +24,24 @@ class MemoryStore:
         self._sweep: asyncio.TimerHandle | None = None
 
     async def create(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
-        if claim is not None:
-            place = (claim.principal, claim.key)
-            if (held := self._claims.get(place)) is not None:
-                return held
-            self._claims[place] = claim
-            self._keys[claim.stream_id] = place
+        if claim is not None and (held := self.claim(claim)) is not None:
+            return held
         log = StreamLog(info, self)
         self._running[info.stream_id] = log
         return log
+
+    def claim(self, claim: Claim) -> Claim | None:
+        """Takes the key, or tells who had it before."""
+        place = (claim.principal, claim.key)
+        if (held := self._claims.get(place)) is not None:
+            return held
+        self._claims[place] = claim
+        self._keys[claim.stream_id] = place
+        return None
+
+    def ids(self) -> set[str]:
+        """The streams whose logs are kept."""
+        return self._running.keys() | self._finished.keys()
 
     def adopt(self, log: StreamLog) -> None:
         """Keeps a running log that was made elsewhere."""
