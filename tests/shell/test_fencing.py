@@ -233,7 +233,7 @@ async def test_a_key_whose_claim_has_an_unknown_fate_runs_one_attempt(tmp_path: 
 async def test_a_key_is_not_given_free_by_the_end_of_another_stream(tmp_path: Path) -> None:
     """The first attempt is lost before its first byte, the second one under the same key has begun meanwhile."""
     silent, word = asyncio.Event(), Word()
-    turns = [silent, word]
+    turns: list[asyncio.Event | Word] = [silent, word]
 
     async def answer(request: web.Request) -> web.StreamResponse:
         turn = turns.pop(0)
