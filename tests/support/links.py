@@ -18,6 +18,10 @@ class Link:
         self.asks = self.answers = True
         """Whether connections that are made from now on let through what is asked, and what is answered."""
 
+    def leads_to(self, connect: _Connect) -> None:
+        """Connections that are made from now on go there."""
+        self._connect = connect
+
     def stall(self, *, asks: bool = False, answers: bool = False) -> None:
         """Connections that are open now hold back what is named, to their end; later ones are as they were."""
         for pair in self._open:
