@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -92,6 +93,11 @@ class Fleet:
         """The usage records of all replicas."""
         lines = [line for path in self.folder.glob("*.usage.jsonl") for line in path.read_text().splitlines()]
         return [json.loads(line) for line in lines]
+
+    def went_on_alone(self) -> set[str]:
+        """Streams of which a replica says that another one ended them while it was out of touch and went on."""
+        logs = [path.read_text() for path in self.folder.glob("*.log")]
+        return {found for log in logs for found in re.findall(r"stream (st_\w+) went on alone", log)}
 
 
 @asynccontextmanager
