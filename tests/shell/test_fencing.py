@@ -257,3 +257,18 @@ async def test_a_key_is_not_given_free_by_the_end_of_another_stream(tmp_path: Pa
         again = await all_.both.callers[1].post(STREAMS, chat(), headers)
         assert (again.headers["Idempotency-Replayed"], seen.requests) == ("true", 2)
         first.cancel()
+
+
+async def test_a_key_that_was_taken_while_redis_was_away_is_known_when_it_is_back(tmp_path: Path) -> None:
+    app, seen = engine_app(saying(*chunks.answer_of(["Hello", " you"])))
+    headers = {"Accept": FOLDED, "Idempotency-Key": "k-1"}
+    async with world(app, tmp_path) as all_:
+        here = all_.both.callers[0]
+        await all_.redis.kill()
+        first = [await here.post(STREAMS, chat(), {**headers, "Idempotency-Key": key}) for key in ("k-1", "k-2")]
+        await all_.redis.start()
+        await until(lambda: _shares(all_))
+        asked = seen.requests
+        again = [await here.post(STREAMS, chat(), {**headers, "Idempotency-Key": key}) for key in ("k-1", "k-2")]
+        assert [answer.body for answer in again] == [answer.body for answer in first]
+        assert seen.requests == asked

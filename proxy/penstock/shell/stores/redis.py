@@ -201,6 +201,8 @@ class RedisStore:
         self.tasks.update({name: asyncio.create_task(work) for name, work in works.items()})
 
     async def create(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
+        if claim is not None and (held := self.local.held(claim)) is not None:
+            return held  # taken while Redis was away
         if not await self._answers():
             return await self._create_alone(info, claim)
         try:
@@ -601,7 +603,9 @@ class RedisStore:
             await self._catch_redis_up()
 
     async def _inherit(self) -> None:
-        """Looks for replicas that do not live."""
+        """Looks for replicas that do not live; who did not say so for long itself may have slept with all of them."""
+        if self._loop.time() - self._alive_at > self._settings.lease_seconds:
+            return
         replicas: Any = await self._redis.smembers(self._name("replicas"))
         for replica in replicas if self._loop.time() >= self._judges_from else ():
             await self._look_after(replica.decode())
@@ -657,7 +661,7 @@ class RedisStore:
         elif last == 0:
             problem = replica_lost()
             fields += ["w", orjson.dumps({"status": problem.status, "headers": {}}), "d", refusal_of(info.dialect)]
-        keys = [*self._parts(stream_id), open_streams]
+        keys = [*self._parts(stream_id), open_streams, self._at(replica)]
         if meta["key"] and last == 0:
             keys.append(self._key(info.principal, meta["key"]))
         times = [self._lifetime, self._seconds_kept(last > 0)]

@@ -27,22 +27,22 @@ redis.call('SADD', KEYS[4], ARGV[3])
 return 1
 """
 
-# KEYS: meta, log, heir, the open streams of the dead replica, the claim (where it shall be free again).
+# KEYS: meta, log, heir, the open streams of the dead replica, its lease, the claim (where it shall be free again).
 # ARGV: stream's id, heir's name, seconds to keep that name, seconds to keep the rest, id of the entry, its fields.
-# Returns 1 where the stream is ended by this heir, be it by an earlier try, and 0 where its replica was faster.
+# Returns 1 where the stream is ended by this heir, be it by an earlier try; 0 where its replica lives or was faster.
 END_LOST = """
 local heir = redis.call('GET', KEYS[3])
 if heir then return heir == ARGV[2] and 1 or 0 end
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[5]) == 1 then return 0 end
 local added = redis.pcall('XADD', KEYS[2], ARGV[5], unpack(ARGV, 6))
 if type(added) == 'table' and added['err'] then return 0 end
 redis.call('SET', KEYS[3], ARGV[2], 'EX', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 redis.call('SREM', KEYS[4], ARGV[1])
-if KEYS[5] then
-  local held = redis.call('GET', KEYS[5])
-  if held and cjson.decode(held)['stream_id'] == ARGV[1] then redis.call('DEL', KEYS[5]) end
+if KEYS[6] then
+  local held = redis.call('GET', KEYS[6])
+  if held and cjson.decode(held)['stream_id'] == ARGV[1] then redis.call('DEL', KEYS[6]) end
 end
 return 1
 """
