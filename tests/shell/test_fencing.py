@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientPayloadError, web
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from penstock.core.verifier import parse_log, verify
 from penstock.shell.stores.redis import stopped
@@ -96,6 +97,27 @@ async def test_who_slept_in_the_middle_of_a_write_learns_that_its_stream_was_end
         assert (bill["ending"], bill["estimated"]) == ("replica_lost", True)
         again = await resumed(all_.both.callers[0], stream_id, len(had))
         assert frames(again.body) == frames(rest.body)
+
+
+async def test_an_heir_that_does_not_hear_that_it_has_ended_a_stream_bills_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = Word()
+    async with world(word.app, tmp_path) as all_, begun(all_.both.callers[0], chat(**LINGER)) as (response, _):
+        heir = all_.both.store(1)
+        end_as_heir, deaf = heir._end_as_heir, [True, True]
+
+        async def end(**said: Any) -> Any:
+            answer = await end_as_heir(**said)
+            if deaf:
+                deaf.pop()
+                raise RedisTimeout("the answer was lost")
+            return answer
+
+        monkeypatch.setattr(heir, "_end_as_heir", end)
+        await all_.both.kill(0)
+        bill = await all_.billed(response.headers["X-Stream-Id"])
+        assert (bill["ending"], bill["estimated"], deaf) == ("replica_lost", True, [])
 
 
 @pytest.mark.parametrize("kept", [300, 0.5], ids=["while it is kept", "when it is forgotten"])

@@ -606,6 +606,8 @@ class RedisStore:
         """Looks for replicas that do not live; who did not say so for long itself may have slept with all of them."""
         if self._loop.time() - self._alive_at > self._settings.lease_seconds:
             return
+        for stream_id in list(self._inherited):
+            await self._bill_inherited(stream_id)
         replicas: Any = await self._redis.smembers(self._name("replicas"))
         for replica in replicas if self._loop.time() >= self._judges_from else ():
             await self._look_after(replica.decode())
@@ -648,8 +650,6 @@ class RedisStore:
 
     async def _end_lost(self, stream_id: str, replica: str) -> None:
         """Ends a stream whose replica died; the write is refused where it, or another heir, was faster."""
-        if stream_id in self._inherited:
-            await self._bill_inherited(stream_id)
         meta, open_streams = await self._meta(stream_id), self._at(replica, "open")
         if meta is None or (lost := await self._lost(stream_id, meta)) is None:
             await self._redis.srem(open_streams, stream_id)
