@@ -38,7 +38,7 @@ pytestmark = pytest.mark.engine
 
 STREAMS, CHAT = "/v1/streams", "/v1/chat/completions"
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
-ROUNDS, A_SECOND = (4, 6.0) if SOAK else (1, 2.0)
+ROUNDS, A_SECOND = (3, 3.0) if SOAK else (1, 2.0)
 LEASE = 2.0
 WORDS = "The quick brown fox jumps over the lazy dog. " * 8
 SETTINGS: Json = {
@@ -79,7 +79,7 @@ class Talk:
             if self.unknown > GIVE_UP_AFTER:
                 self.frames, self.stream_id, self.unknown, self.attempt = [], None, 0, self.attempt + 1
             if not self.is_over:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.3)
         self.ended_at = time.time()
         return self
 
