@@ -194,8 +194,13 @@ class RedisStore:
 
     def start(self, on_word: OnWord, on_lost: OnLost) -> None:
         self._on_word, self._on_lost = on_word, on_lost
-        # Apart from each other, so that thousands of streams to restore or to inherit do not delay the heartbeat.
-        thrice = {"beat": self._beat, "restore": self._restore, "inherit": self._inherit}
+        # Apart from each other, so that thousands of streams to follow, restore or inherit do not delay the heartbeat.
+        thrice = {
+            "beat": self._beat,
+            "watch": self._watch_mirrors,
+            "restore": self._restore,
+            "inherit": self._inherit,
+        }
         works = {name: self._three_times_a_lease(work) for name, work in thrice.items()}
         works |= {"write": self._write(), "listen": self._listen()}
         self.tasks.update({name: asyncio.create_task(work) for name, work in works.items()})
@@ -594,7 +599,6 @@ class RedisStore:
             # Maybe the whole machine slept, and the others with it.
             self._judges_from = now + self._settings.lease_seconds
         self._is_reachable, self._alive_at = True, now
-        await self._watch_mirrors()
 
     async def _restore(self) -> None:
         for stream_id in self._behind.keys() - self.local.ids():
