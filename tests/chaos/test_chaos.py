@@ -39,7 +39,7 @@ pytestmark = pytest.mark.engine
 STREAMS, CHAT = "/v1/streams", "/v1/chat/completions"
 SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 ROUNDS, A_SECOND = (3, 3.0) if SOAK else (1, 2.0)
-LEASE = 2.0
+LEASE = 1.5
 WORDS = "The quick brown fox jumps over the lazy dog. " * 8
 SETTINGS: Json = {
     "store": {"lease_seconds": LEASE, "timeout_seconds": 0.5, "linger_seconds": 20},
@@ -154,7 +154,7 @@ class Havoc:
         for _ in range(ROUNDS):
             self._dice.shuffle(faults)
             for fault in faults:
-                await asyncio.sleep(1)
+                await asyncio.sleep(0.5)
                 await fault()
 
     async def kill_replica(self) -> None:
