@@ -1,5 +1,7 @@
 """From a client's leaving, or its `DELETE`, to the engine's letting go: 500 cancels in three windows, the real vLLM.
 
+Half of them where Penstock reads vLLM's own chunks, half where it reads the plugin's tagged tokens.
+
 The engine (CPU build, tiny model) says it itself: its running and waiting requests and its used KV cache, read from
 its metrics as fast as it answers, some milliseconds each. `docs/explanation/cost.md` has the figures of one run.
 """
@@ -12,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from support.record import LONG  # noqa: E402
 from support.scripts import Script  # noqa: E402
 
 CHAT, STREAMS = "/v1/chat/completions", "/v1/streams"
+PLUGIN = {"plain chunks": "off", "tagged tokens": "auto"}
+BEFORE, MIDDLE, QUEUE = WINDOWS = ["before the first token", "in the middle", "in the queue"]
 STEP_MS = 10
 GIVE_UP_SECONDS = 10.0
 _METRICS = re.compile(rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{[^}]*\} (\S+)", re.M)
@@ -41,10 +45,11 @@ Body = dict[str, Any]
 class Bench:
     """Cancels one request after the other and times the engine."""
 
-    def __init__(self, engine: Engine, penstock: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, engine: Engine, penstock: str, session: aiohttp.ClientSession, *, tagged: bool) -> None:
         self._engine = engine
         self._penstock = penstock
         self._session = session
+        self._is_tagged = tagged
         self._script = Script(engine)
 
     async def held(self) -> tuple[float, float, float]:
@@ -52,6 +57,22 @@ class Bench:
         async with self._session.get(self._engine.url + "/metrics") as answer:
             told = {name: float(value) for name, value in _METRICS.findall(await answer.read())}
         return told[b"num_requests_running"], told[b"num_requests_waiting"], told[b"kv_cache_usage_perc"]
+
+    async def check_way(self) -> None:
+        """Ends the run where a stream does not come from the engine the way that the figures are said to be of."""
+        body = chat(**self._script("Hello! ", eos=False, pause_ms=STEP_MS, max_tokens=2000))
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while True:
+            async with self.asked(STREAMS, body) as answer:
+                await answer.content.readany()
+                await self.until(lambda running, _waiting, _cache: running > 0)
+                async with self._session.get(self._engine.url + "/v1/penstock/capabilities") as told:
+                    tagged = int((await told.json())["open_streams"])
+            await self.until(lambda running, waiting, cache: not (running or waiting or cache))
+            if bool(tagged) == self._is_tagged:
+                return
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{tagged} tagged streams are open in the engine, and the way is the other one")
 
     async def until(self, condition: Callable[[float, float, float], bool]) -> float:
         """When it came true; a monotonic time."""
@@ -62,9 +83,8 @@ class Bench:
         return time.monotonic()
 
     @asynccontextmanager
-    async def asked(self, route: str, body: Body) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self._penstock + route
-        async with self._session.post(url, json={**body, "stream": True}) as answer:
+    async def asked(self, route: str, body: Body, url: str | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with self._session.post((url or self._penstock) + route, json={**body, "stream": True}) as answer:
             if answer.status != 200:
                 raise SystemExit(f"refused: {answer.status} {await answer.text()}")
             yield answer
@@ -108,55 +128,70 @@ class Bench:
     async def crowd(self) -> AsyncIterator[None]:
         # Short enough that all 64 fit the KV cache to their end: one that is preempted would wait in the queue too.
         body = chat(**self._script("Hello! ", eos=False, pause_ms=3 * STEP_MS, max_tokens=600, n=64, temperature=1))
-        async with self.asked(CHAT, body):
+        # Straight to the engine: nobody reads it, and a client that reads nothing is work for Penstock.
+        async with self.asked(CHAT, body, self._engine.url):
             await self.until(lambda running, _waiting, _cache: running == 64)
             yield
         await self.until(lambda running, waiting, cache: not (running or waiting or cache))
 
 
-def row(window: str, route: str, values: list[float]) -> str:
+def row(window: str, route: str, way: str, values: list[float]) -> str:
     ms = [1000 * value for value in (statistics.median(values), percentile(values, 0.99), max(values))]
-    way = "leaves" if route == CHAT else "DELETE"
-    return f"| {window} | {way}, {route} | {len(values)} | {ms[0]:.0f} | {ms[1]:.0f} | {ms[2]:.0f} |"
+    how = {CHAT: f"leaves, {CHAT}", STREAMS: f"DELETE, {STREAMS}"}.get(route, route)
+    return f"| {window} | {how} | {way} | {len(values)} | {ms[0]:.0f} | {ms[1]:.0f} | {ms[2]:.0f} |"
 
 
-async def measure(engine: Engine, penstock: str, count: int) -> None:
-    print("| window | way | cancels | p50, ms | p99, ms | most, ms |\n|---|---|---|---|---|---|")
+async def measure(bench: Bench, way: str, windows: list[str], count: int) -> list[float]:
+    """`count` cancels, dealt out over the routes and the windows."""
+    await bench.check_way()
     every: list[float] = []
-    timeout, connector = aiohttp.ClientTimeout(total=60), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        bench = Bench(engine, penstock, session)
-        for route in (CHAT, STREAMS):
-            share = count // 6
-            values = [await bench.before_the_first_token(route) for _ in range(share)]
-            print(row("before the first token", route, values), flush=True)
-            every += values
-            values = [await bench.in_the_middle(route) for _ in range(count // 2 - 2 * share)]
-            print(row("in the middle", route, values), flush=True)
-            every += values
-            values = []
+    places = [(route, window) for route in (CHAT, STREAMS) for window in windows]
+    for number, (route, window) in enumerate(places):
+        share = count * (number + 1) // len(places) - count * number // len(places)
+        values: list[float] = []
+        if window == QUEUE:
             while len(values) < share:
                 async with bench.crowd():  # of some 20 s
                     values += [await bench.in_the_queue(route) for _ in range(min(40, share - len(values)))]
-            print(row("in the queue", route, values), flush=True)
-            every += values
-    print(row("all", "both", every).replace("DELETE, both", "both"))
+        else:
+            cancel = bench.in_the_middle if window == MIDDLE else bench.before_the_first_token
+            values = [await cancel(route) for _ in range(share)]
+        print(row(window, route, way, values), flush=True)
+        every += values
+    return every
+
+
+async def run(engine: Engine, ways: dict[str, str], windows: list[str], count: int) -> None:
+    print("| window | cancelled by | from the engine | cancels | p50, ms | p99, ms | most, ms |")
+    print("|---|---|---|---|---|---|---|")
+    every: list[float] = []
+    timeout, connector = aiohttp.ClientTimeout(total=60), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        for way, penstock in ways.items():
+            bench = Bench(engine, penstock, session, tagged=way == "tagged tokens")
+            every += await measure(bench, way, windows, count // len(ways))
+    print(row("all", "both", "both", every))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="cancels in all (default 500)")
-    parser.add_argument("--plugin", choices=["off", "auto"], default="off", help="auto: tagged tokens")
+    parser.add_argument("--ways", nargs="+", choices=PLUGIN, default=list(PLUGIN), help="how the engine is read")
+    parser.add_argument("--windows", nargs="+", choices=WINDOWS, default=WINDOWS, help="when it is cancelled")
     asked = parser.parse_args()
     # A head that does not wait for the engine, so that a client that has no token yet has its stream's id.
-    with running_engine(environment={"VLLM_PLUGINS": "penstock"}) as engine:
-        port = free_port()
-        environment = {
-            "PENSTOCK_UPSTREAMS": f"[{{url: '{engine.url}', plugin: '{asked.plugin}'}}]",
-            "PENSTOCK_TIMING__FIRST_BYTE_SECONDS": "0.01",
-        }
-        with running([sys.executable, "-m", "penstock", "serve", "--port", str(port)], port, environment):
-            asyncio.run(measure(engine, f"http://127.0.0.1:{port}", asked.count))
+    with running_engine(environment={"VLLM_PLUGINS": "penstock"}) as engine, ExitStack() as stack:
+        ways: dict[str, str] = {}
+        for way in asked.ways:
+            port = free_port()
+            environment = {
+                "PENSTOCK_UPSTREAMS": f"[{{url: '{engine.url}', plugin: '{PLUGIN[way]}'}}]",
+                "PENSTOCK_TIMING__FIRST_BYTE_SECONDS": "0.01",
+            }
+            command = [sys.executable, "-m", "penstock", "serve", "--port", str(port)]
+            stack.enter_context(running(command, port, environment))
+            ways[way] = f"http://127.0.0.1:{port}"
+        asyncio.run(run(engine, ways, asked.windows, asked.count))
 
 
 if __name__ == "__main__":

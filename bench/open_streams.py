@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import resource
 import statistics
 import sys
@@ -27,6 +28,8 @@ from support.sockets import until  # noqa: E402
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 OPEN_AT_ONCE = 100
+STAMP = re.compile(rb"t(\d+\.\d{6});")
+LONGEST_STAMP = 24
 ROUTES = ["/v1/chat/completions", "/v1/streams"]
 
 
@@ -74,6 +77,7 @@ class ClientSide(asyncio.Protocol):
         self._clients = clients
         self._request = request
         self._has_heard = False
+        self._rest = b""  # the beginning of a time stamp, perhaps
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -86,10 +90,13 @@ class ClientSide(asyncio.Protocol):
             self._clients.heard += 1
         elif data.startswith(b"HTTP/1.1") and not data.startswith(b"HTTP/1.1 200"):
             self._clients.failed = data
-        for stamp in data.split(b";")[:-1]:
-            told = stamp.rpartition(b'"t')[2]
-            if told[:1].isdigit():
-                self._clients.lateness.append(now - float(told))
+        # Several may come in one event, where Penstock was behind, and one in two reads.
+        said = self._rest + data
+        end = 0
+        for stamp in STAMP.finditer(said):
+            self._clients.lateness.append(now - float(stamp[1]))
+            end = stamp.end()
+        self._rest = said[end:][-LONGEST_STAMP:]
 
 
 async def measure(route: str, port: int, pid: int, count: int, pause: float) -> str:
@@ -104,14 +111,20 @@ async def measure(route: str, port: int, pid: int, count: int, pause: float) -> 
             await asyncio.sleep(0.005)
             if clients.failed:
                 raise SystemExit(f"refused: {clients.failed.decode(errors='replace')}")
-    await until(lambda: clients.heard == count, 60)
+    try:
+        await until(lambda: clients.heard == count, 60)
+    except TimeoutError:
+        raise SystemExit(f"{clients.heard} of {count} streams have begun within 60 s") from None
     grown = resident_bytes(pid) - before
     for _ in range(3):
         began = time.monotonic()
         for number, engine in enumerate(list(EngineSide.open)):
             await asyncio.sleep(max(0.0, began + pause * number / count - time.monotonic()))
             engine.transport.write(framed(chunk(f"t{time.monotonic():.6f};")))
-    await until(lambda: len(clients.lateness) == 3 * count, 30)
+    try:
+        await until(lambda: len(clients.lateness) == 3 * count, 30)
+    except TimeoutError:
+        raise SystemExit(f"{len(clients.lateness)} of {3 * count} words came within 30 s") from None
     for transport in transports:
         transport.abort()
     await until(lambda: not EngineSide.open, 60)

@@ -1,7 +1,9 @@
 """Clients that read slowly or not at all: the engine waits for them, memory is bounded, and none stays for ever."""
 
 import asyncio
+import gc
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator
 
 import pytest
@@ -72,6 +74,28 @@ async def test_a_client_that_reads_slowly_gets_everything(setup: Setup, tap: Tap
     log = parse_log(bytes(received))
     assert verify(log) == []
     assert sum(len(event["text"]) for event in log if event["type"] == "delta.text") == PIECES * len(TEXT)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_client_that_reads_nothing_costs_its_buffer_and_little_more(setup: Setup, tap: Tap, route: str) -> None:
+    """Counted is what Python allocates, the engine of this test included."""
+    async with unread(setup.caller.url, route, chat(stream=True)):
+        await until(lambda: tap.sent > 0)
+        await settled(lambda: tap.sent)
+    await until(lambda: setup.sidecar.server.open_streams == 0)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        sent = tap.sent
+        async with unread(setup.caller.url, route, chat(stream=True)):
+            await until(lambda: tap.sent > sent)
+            await settled(lambda: tap.sent)
+            held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tap.sent - sent > 10
+    assert held - before < 256 * 1024 + 2_000_000
 
 
 @pytest.mark.parametrize("route", ROUTES)

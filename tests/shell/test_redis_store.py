@@ -3,28 +3,22 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientPayloadError, web
 
 from penstock.core.verifier import parse_log, verify
-from penstock.shell.replay import serving
-from penstock.shell.stores.redis import RedisStore, stopped
+from penstock.shell.stores.redis import stopped
 from support import chunks
-from support.http_client import FOLDED, NDJSON, SSE, Caller, Json, calling, chat
+from support.http_client import FOLDED, NDJSON, SSE, Json, chat
 from support.redis_server import RedisServer, redis_server
-from support.sidecar import Sidecar, sidecar
+from support.replicas import STREAMS, Word, begun, frames, replicas, resumed
 from support.sockets import until
-from support.upstreams import engine_app, opened, replay, replayed, saying
+from support.upstreams import engine_app, replay, replayed, saying
 
-STREAMS = "/v1/streams"
 CHAT = "/v1/chat/completions"
 LINGER: Json = {"penstock": {"on_disconnect": "linger"}}
-LEASE = 0.6
 
 
 @pytest.fixture
@@ -33,81 +27,9 @@ async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
         yield server
 
 
-@dataclass
-class Replicas:
-    callers: list[Caller]
-    sidecars: list[Sidecar]
-
-    def store(self, number: int) -> RedisStore:
-        store = self.sidecars[number].server.store
-        assert isinstance(store, RedisStore)
-        return store
-
-    async def kill(self, number: int) -> None:
-        """As a dead process would be: nothing of its store runs any more, and what it had said to Redis stays."""
-        await stopped(self.store(number).tasks.values())
-
-
-@asynccontextmanager
-async def replicas(
-    engine: web.Application, redis: RedisServer, count: int = 2, **flags: Any
-) -> AsyncIterator[Replicas]:
-    settings = {
-        "store__url": redis.url,
-        "store__lease_seconds": LEASE,
-        "store__timeout_seconds": 0.5,
-        "timing__closing_seconds": 0.5,
-        **flags,
-    }
-    async with AsyncExitStack() as stack:
-        engine_url = await stack.enter_async_context(serving(engine))
-        found = [await stack.enter_async_context(sidecar(engine_url, **settings)) for _ in range(count)]
-        callers = [await stack.enter_async_context(calling(running.url)) for running in found]
-        yield Replicas(callers, found)
-
-
-def frames(data: bytes) -> list[bytes]:
-    return [frame + b"\n\n" for frame in data.split(b"\n\n")[:-1] if not frame.startswith(b":")]
-
-
-async def resumed(caller: Caller, stream_id: str, after: int = 0, accept: str = SSE) -> Any:
-    return await caller.get(f"{STREAMS}/{stream_id}/events?after={after}", {"Accept": accept})
-
-
-class Word:
-    """An engine that says two words, waits until it may go on, and says the rest."""
-
-    def __init__(self) -> None:
-        self.may_go_on = asyncio.Event()
-        self.app, self.seen = engine_app(self._answer)
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        response = await opened(request)
-        await response.write(chunks.role() + chunks.content("Hello", tokens=1))
-        await asyncio.sleep(0.02)
-        await response.write(chunks.content(" you", tokens=2))
-        await self.may_go_on.wait()
-        await response.write(chunks.content("!", tokens=3))
-        await asyncio.sleep(0.1)
-        await response.write(chunks.finish(tokens=4) + chunks.final_usage(4) + chunks.DONE)
-        return response
-
-
-@asynccontextmanager
-async def begun(
-    caller: Caller, body: Json, route: str = STREAMS, **headers: str
-) -> AsyncIterator[tuple[Any, bytearray]]:
-    """A stream of which two words were read."""
-    async with caller.opened(STREAMS, body) as response:
-        data = bytearray()
-        while b'you"' not in data or not data.endswith(b"\n\n"):
-            data += await response.content.readany()
-        yield response, data
-
-
 @pytest.mark.parametrize("form", [SSE, NDJSON], ids=["events", "lines"])
 async def test_another_replica_replays_a_finished_stream_byte_for_byte(redis: RedisServer, form: str) -> None:
-    async with replicas(replay(), redis) as both:
+    async with replicas(replay(), [redis.url] * 2) as both:
         whole = await both.callers[0].stream(form, **replayed("thinking-tool-parsed", tools=[]))
         stream_id = whole.headers["X-Stream-Id"]
         for after in range(0, len(whole.events), 3):
@@ -120,7 +42,7 @@ async def test_another_replica_replays_a_finished_stream_byte_for_byte(redis: Re
 
 async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
         stream_id = response.headers["X-Stream-Id"]
         there = asyncio.create_task(resumed(both.callers[1], stream_id, 2))
         await asyncio.sleep(0.2)
@@ -132,7 +54,7 @@ async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> N
 
 async def test_a_reader_elsewhere_keeps_a_stream_going(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis, store__linger_seconds=0.4) as both:
+    async with replicas(word.app, [redis.url] * 2, store__linger_seconds=0.4) as both:
         async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
             stream_id = response.headers["X-Stream-Id"]
         there = asyncio.create_task(resumed(both.callers[1], stream_id, len(frames(bytes(seen)))))
@@ -146,7 +68,7 @@ async def test_a_reader_elsewhere_keeps_a_stream_going(redis: RedisServer) -> No
 
 async def test_a_delete_at_another_replica_cancels(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
         assert (await both.callers[1].delete(response.headers["X-Stream-Id"])).status == 204
         log = parse_log(bytes(seen) + await response.read())
         assert log[-1]["status"] == "cancelled"
@@ -163,7 +85,7 @@ async def test_a_retry_at_another_replica_gets_the_same_answer(
 ) -> None:
     app, seen = engine_app(saying(*chunks.answer_of(["Hello", " you"])))
     headers = {"Accept": accept, "Idempotency-Key": "k-1"}
-    async with replicas(app, redis) as both:
+    async with replicas(app, [redis.url] * 2) as both:
         first, again = [await caller.post(route, chat(**body), headers) for caller in both.callers]
         assert (first.status, again.status, again.body, seen.requests) == (200, 200, first.body, 1)
         assert again.headers["Idempotency-Replayed"] == "true"
@@ -173,7 +95,7 @@ async def test_a_retry_at_another_replica_gets_the_same_answer(
 
 async def test_many_retries_at_once_run_one_attempt(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both:
+    async with replicas(word.app, [redis.url] * 2) as both:
         headers = {"Idempotency-Key": "k-1"}
         tasks = [asyncio.create_task(both.callers[n % 2].post(STREAMS, chat(), headers)) for n in range(10)]
         await asyncio.sleep(0.4)
@@ -191,7 +113,7 @@ async def test_an_attempt_that_was_refused_may_be_made_again_elsewhere(redis: Re
         return await saying(*chunks.answer_of(["Hello"]))(request)
 
     app, _ = engine_app(answer)
-    async with replicas(app, redis) as both:
+    async with replicas(app, [redis.url] * 2) as both:
         headers = {"Idempotency-Key": "k-1"}
         assert (await both.callers[0].stream(headers=headers)).status == 400
         await asyncio.sleep(1.1)
@@ -203,7 +125,10 @@ async def test_an_attempt_that_was_refused_may_be_made_again_elsewhere(redis: Re
 
 async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis, 3) as three, begun(three.callers[0], chat(**LINGER)) as (response, seen):
+    async with (
+        replicas(word.app, [redis.url] * 3) as three,
+        begun(three.callers[0], chat(**LINGER)) as (response, seen),
+    ):
         stream_id = response.headers["X-Stream-Id"]
         had = frames(bytes(seen))
         waiting = asyncio.create_task(resumed(three.callers[1], stream_id, len(had)))
@@ -221,7 +146,7 @@ async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServe
 
 async def test_the_answer_of_a_lost_stream_is_continued_at_another_replica(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both:
+    async with replicas(word.app, [redis.url] * 2) as both:
         async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
             stream_id = response.headers["X-Stream-Id"]
             had = frames(bytes(seen))
@@ -243,7 +168,7 @@ async def test_the_answer_of_a_lost_stream_is_continued_at_another_replica(redis
 async def test_the_dead_replica_that_lives_is_cut_off(redis: RedisServer) -> None:
     """A process that was stopped for longer than its lease: what it says then is not said to anybody."""
     word = Word()
-    async with replicas(word.app, redis) as both:
+    async with replicas(word.app, [redis.url] * 2) as both:
         async with begun(both.callers[0], chat(**LINGER)) as (response, seen):
             stream_id = response.headers["X-Stream-Id"]
             await stopped([both.store(0).tasks["beat"]])
@@ -263,7 +188,7 @@ async def test_a_waiting_retry_is_refused_when_the_replica_dies_before_its_first
         return web.Response()
 
     app, seen = engine_app(silent)
-    async with replicas(app, redis) as both:
+    async with replicas(app, [redis.url] * 2) as both:
         headers = {"Accept": FOLDED, "Idempotency-Key": "k-1"}
         first = asyncio.create_task(both.callers[0].post(STREAMS, chat(), headers))
         await until(lambda: seen.open == 1)
@@ -280,7 +205,7 @@ async def test_a_waiting_retry_is_refused_when_the_replica_dies_before_its_first
 
 async def test_without_redis_a_stream_goes_on_and_says_what_it_lost(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
         await redis.kill()
         word.may_go_on.set()
         log = parse_log(bytes(seen) + await response.read())
@@ -299,7 +224,7 @@ async def test_without_redis_a_stream_goes_on_and_says_what_it_lost(redis: Redis
 async def test_without_redis_a_stream_ends_where_it_must_be_resumable(redis: RedisServer) -> None:
     word = Word()
     async with (
-        replicas(word.app, redis, store__on_failure="end") as both,
+        replicas(word.app, [redis.url] * 2, store__on_failure="end") as both,
         begun(both.callers[0], chat()) as (response, seen),
     ):
         await redis.kill()

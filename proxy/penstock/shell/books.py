@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.core.commands import Ending, RecordUsage
+from penstock.core.commands import RecordUsage
 from penstock.core.request import StreamRequest
 from penstock.settings import Settings, SettingsError
 from penstock.shell.callers import Caller
@@ -25,7 +25,7 @@ _BYTES_A_TOKEN = 4
 
 @dataclass(slots=True)
 class Account:
-    """One admitted stream. Close it once: by `end` with its bill, or by `drop` where nothing was begun."""
+    """One admitted stream. Close it once: by `settle`, then `bill`, or by `drop` where nothing was begun."""
 
     headers: dict[str, str]
     _books: "Books"
@@ -34,8 +34,13 @@ class Account:
     _stream_id: str
     _trace: StreamTrace
 
-    def end(self, ended: RecordUsage) -> None:
-        self._books.write(ended, self._grant, self._caller, self._stream_id, self._trace)
+    def settle(self, ended: RecordUsage) -> None:
+        """What its caller's limits are told, as soon as it is over."""
+        self._books.settle(self._grant, ended)
+
+    def bill(self, ended: RecordUsage, is_anothers: bool) -> None:
+        """Its record, once it is certain whether another replica has written one."""
+        self._books.note(ended, self._stream_id, self._caller.name, self._trace, is_billed=is_anothers)
 
     def drop(self) -> None:
         self._books.limits.settle(self._grant, 0)
@@ -71,14 +76,18 @@ class Books:
         grant = await self.limits.admit(caller, stream_id, prompt, answer)
         return Account(grant.headers, self, caller, grant, stream_id, trace)
 
-    def write(self, ended: RecordUsage, grant: Grant, caller: Caller, stream_id: str, trace: StreamTrace) -> None:
+    def settle(self, grant: Grant, ended: RecordUsage) -> None:
         self.limits.settle(grant, billed_tokens(ended.usage, self._records.bill))
-        self.note(ended, stream_id, caller.name, trace)
 
-    def note(self, ended: RecordUsage, stream_id: str, principal: str, trace: StreamTrace) -> None:
-        """The record of a stream and its line in the log; here even where its replica died and nobody settles."""
+    def note(
+        self, ended: RecordUsage, stream_id: str, principal: str, trace: StreamTrace, *, is_billed: bool = False
+    ) -> None:
+        """The record of a stream and its line in the log; here even where its replica died and nobody settles.
+
+        `is_billed`: another replica has taken the stream over, and written the record.
+        """
         bill, usage = self._records.bill, ended.usage
-        if ended.ending is not Ending.TAKEN_OVER:  # whoever took it over has written the record
+        if not is_billed:
             self._records.add(usage_record(ended, bill, stream_id=stream_id, trace=trace, principal=principal))
         _log.info(
             "stream %s ended %s: principal=%s model=%s prompt=%d completion=%d delivered=%d estimated=%s seconds=%.3f",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -152,7 +153,7 @@ class Serving:
             looped or self._asking.ask(question),
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
-            record=lambda record: _record(account, trace, audited, record),
+            record=lambda record: _record(stream, account, trace, audited, record),
             holds=place.wait,
             note=audited.note,
             judge=lambda asked, watch: self._police.moderator.ask(asked, watch, request),
@@ -231,10 +232,13 @@ class Serving:
         return int((time.time() + seconds) * 1000) if seconds else None
 
 
-def _record(account: Account, trace: StreamTrace, audited: StreamAudit, record: RecordUsage) -> None:
+def _record(
+    stream: LiveStream, account: Account, trace: StreamTrace, audited: StreamAudit, record: RecordUsage
+) -> None:
     audited.end(record)
     trace.finish(record)
-    account.end(record)
+    account.settle(record)
+    stream.when_decided(partial(account.bill, record))
 
 
 def _allowed(http: web.Request, request: StreamRequest) -> Caller:

@@ -9,7 +9,7 @@ default, is over.
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
@@ -224,6 +224,13 @@ class LiveStream:
             self._stop_timer()
             self._hear(ReadAgain(self._loop.time()))
             self._linger(at_once=True)
+
+    def when_decided(self, tell: Callable[[bool], None]) -> None:
+        """Calls `tell` once it is certain whether the stream's end is this replica's; True where it is another's."""
+        if isinstance(self.log, DeferredLog):
+            self.log.when_decided(tell)
+        else:
+            tell(False)
 
     def _store_lost(self, fatal: bool) -> None:
         self.tell_soon(StoreLost(fatal, self._loop.time()))

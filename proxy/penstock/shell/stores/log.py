@@ -187,10 +187,30 @@ class DeferredLog(StreamLog):
         self.lost: Callable[[bool], None] = lambda _: None
         """Told when the log goes on in this process only; True where the stream shall end for that."""
         self.taken_over: Callable[[], None] = lambda: None
-        """Told when somebody else has ended the stream."""
+        """Told when somebody else has ended the stream, and nothing more is said here."""
 
         self.waiting_bytes = 0
         """What was handed in and is not in the log yet."""
+
+        self._is_anothers: bool | None = None
+        self._to_tell: list[Callable[[bool], None]] = []
+
+    def when_decided(self, tell: Callable[[bool], None]) -> None:
+        """Calls `tell` once it is certain whose ending the stream has: True where another replica ended and billed it.
+
+        That may be long after the end was said here, since it is only known where the others can be reached.
+        """
+        if self._is_anothers is None:
+            self._to_tell.append(tell)
+        else:
+            tell(self._is_anothers)
+
+    def decide(self, is_anothers: bool) -> None:
+        """It is certain now; what is said later counts no more."""
+        if self._is_anothers is None:
+            self._is_anothers = is_anothers
+            while self._to_tell:
+                self._to_tell.pop(0)(is_anothers)
 
     @property
     def has_room(self) -> bool:

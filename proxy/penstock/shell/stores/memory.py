@@ -24,15 +24,28 @@ class MemoryStore:
         self._sweep: asyncio.TimerHandle | None = None
 
     async def create(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
-        if claim is not None:
-            place = (claim.principal, claim.key)
-            if (held := self._claims.get(place)) is not None:
-                return held
-            self._claims[place] = claim
-            self._keys[claim.stream_id] = place
+        if claim is not None and (held := self.claim(claim)) is not None:
+            return held
         log = StreamLog(info, self)
         self._running[info.stream_id] = log
         return log
+
+    def held(self, claim: Claim) -> Claim | None:
+        """Who has the key."""
+        return self._claims.get((claim.principal, claim.key))
+
+    def claim(self, claim: Claim) -> Claim | None:
+        """Takes the key, or tells who had it before."""
+        if (held := self.held(claim)) is not None:
+            return held
+        place = (claim.principal, claim.key)
+        self._claims[place] = claim
+        self._keys[claim.stream_id] = place
+        return None
+
+    def ids(self) -> set[str]:
+        """The streams whose logs are kept."""
+        return self._running.keys() | self._finished.keys()
 
     def adopt(self, log: StreamLog) -> None:
         """Keeps a running log that was made elsewhere."""
@@ -42,6 +55,7 @@ class MemoryStore:
         """Forgets a log whatever its state."""
         if (log := self._running.pop(stream_id, None)) is not None:
             self.size -= log.size
+            self._free_key(stream_id)
         elif stream_id in self._finished:
             self._forget(stream_id)
 
@@ -95,5 +109,8 @@ class MemoryStore:
     def _forget(self, stream_id: str) -> None:
         _, log = self._finished.pop(stream_id)
         self.size -= log.size
+        self._free_key(stream_id)
+
+    def _free_key(self, stream_id: str) -> None:
         if (place := self._keys.pop(stream_id, None)) is not None:
             self._claims.pop(place, None)

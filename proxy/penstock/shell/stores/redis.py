@@ -2,10 +2,13 @@
 
 A replica writes ahead: what all drivers say in one turn of the loop goes to Redis in one pipeline, and is sent to
 clients when Redis has it. The entry that starts with event N has the id `N-0`, so that Redis itself refuses a second
-writer of the same event: whoever is refused has lost the stream.
+writer of the same event, and that a write may be repeated. A write that fails says nothing about Redis, since it may
+be this process that slept: Redis is asked what it has, and only where it does not answer that either does a log go on
+alone. Once Redis is back it gets what it missed, and says whether somebody else has ended the stream meanwhile.
 
     {prefix}:{id}:meta       JSON: who owns the stream, what form it has, which replica carries it
     {prefix}:{id}:log        stream: `d` bytes, `n` the last event in them, `e` on the last entry, `w` an answer's head
+    {prefix}:{id}:heir       the replica that has ended the stream of another one, and bills it
     {prefix}:key:…           JSON: the stream that answers an idempotency key
     {prefix}:replicas        set of replica names
     {prefix}:at:{replica}    its lease: gone where the replica is
@@ -17,7 +20,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +28,25 @@ import orjson
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Form
 from penstock.core.errors import Overloaded
-from penstock.core.lost import close_lost, refusal_of, replica_lost
+from penstock.core.lost import Closing, close_lost, refusal_of, replica_lost
 from penstock.core.resuming import bodies
 from penstock.settings import StoreSettings
-from penstock.shell.stores.log import Claim, DeferredLog, LogOwner, OnLost, OnWord, StreamInfo, StreamLog, Whole
+from penstock.shell.stores.log import (
+    Claim,
+    DeferredLog,
+    Evicted,
+    LogOwner,
+    OnLost,
+    OnWord,
+    StreamInfo,
+    StreamLog,
+    Whole,
+)
 from penstock.shell.stores.memory import MemoryStore
+from penstock.shell.stores.scripts import BEGIN, END_LOST, GIVE_UP
 
 _log = logging.getLogger("penstock")
 
@@ -39,6 +54,10 @@ _log = logging.getLogger("penstock")
 _MOST_WAITING = 64 * 1024
 _PAGE = 256
 _RETRY_SECONDS = 1.0
+# How often a write is sent whose fate Redis, when asked, does not explain.
+_TRIES = 3
+_LISTEN_SECONDS = 1.0
+_RESTORED_AT_ONCE = 64 * 1024
 _Fields = Mapping[bytes, bytes]
 
 
@@ -56,8 +75,9 @@ class _Draft:
 class RedisLog(DeferredLog):
     """The log of a stream that is carried here. It is appended to when Redis has it."""
 
-    def __init__(self, info: StreamInfo, store: "RedisStore") -> None:
+    def __init__(self, info: StreamInfo, store: "RedisStore", claim: Claim | None) -> None:
         super().__init__(info, store.local)
+        self.claim = claim
         self._store = store
         self._draft: _Draft | None = None
         self._said = 0  # number of the last event that was handed in
@@ -99,7 +119,7 @@ class RedisLog(DeferredLog):
         return draft
 
     def commit(self, draft: _Draft) -> None:
-        """Redis has it, or there is no Redis any more."""
+        """Redis has it, or cannot be reached; then it is open who has the last word on the stream."""
         if draft.pieces:
             self.append(b"".join(draft.pieces), draft.last)
             self.waiting_bytes -= sum(map(len, draft.pieces))
@@ -109,13 +129,21 @@ class RedisLog(DeferredLog):
             super().answer(self.whole)
         if draft.is_last:
             super().end()
+            if self.is_replicated:
+                self.decide(False)
         self._wake()
+
+    def forget(self) -> None:
+        """Its entries are no longer kept here."""
+        self.break_off()
+        self._entries.clear()
 
     def abandon(self) -> None:
         """Another replica has ended the stream: what was not committed here was never said."""
         self.waiting_bytes, self._draft, self._is_ended = 0, None, True
         self._store.local.drop(self.info.stream_id)
-        self._wake()
+        self.break_off()
+        self.decide(True)
         self.taken_over()
 
     def _next_draft(self) -> _Draft:
@@ -123,6 +151,9 @@ class RedisLog(DeferredLog):
             self._draft = _Draft(self._said + 1, self._said)
             self._store.wants(self)
         return self._draft
+
+
+_Write = tuple[RedisLog, _Draft]
 
 
 class RedisStore:
@@ -140,14 +171,21 @@ class RedisStore:
         url, limit = settings.url.get_secret_value(), settings.timeout_seconds
         self._redis: Redis = Redis.from_url(url, socket_timeout=limit, socket_connect_timeout=limit)
         # Of its own, since it waits inside Redis.
-        self._ear: Redis = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=limit)
+        self._ear: Redis = Redis.from_url(url, socket_timeout=_LISTEN_SECONDS + limit, socket_connect_timeout=limit)
+        self._begin = self._redis.register_script(BEGIN)
+        self._end_as_heir = self._redis.register_script(END_LOST)
+        self._give_up = self._redis.register_script(GIVE_UP)
         self._drafts: dict[str, RedisLog] = {}
         self._something_to_write = asyncio.Event()
         self._mirrors: dict[str, _Mirror] = {}
         self._down_until = 0.0
-        self._disowned: set[str] = set()  # streams that went on without Redis, and that Redis still knows
+        self._is_reachable = True
+        self._behind: dict[str, RedisLog] = {}  # streams that Redis may know, and that went on without it
+        self._orphans: set[str] = set()  # streams that were begun in Redis, perhaps, and that nobody carries
+        self._inherited: dict[str, tuple[StreamInfo, RecordUsage]] = {}  # ended as heir, unless the answer was no
         self._loop = asyncio.get_running_loop()
-        self._judges_from = self._loop.time() + settings.lease_seconds
+        self._alive_at = self._loop.time()
+        self._judges_from = self._alive_at + settings.lease_seconds
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._on_word: OnWord = lambda _word, _stream_id, _seconds: None
         self._on_lost: OnLost = lambda _info, _record: None
@@ -156,24 +194,35 @@ class RedisStore:
 
     def start(self, on_word: OnWord, on_lost: OnLost) -> None:
         self._on_word, self._on_lost = on_word, on_lost
-        for name, work in (("write", self._write()), ("beat", self._beat()), ("listen", self._listen())):
-            self.tasks[name] = asyncio.create_task(work)
+        # Apart from each other, so that thousands of streams to follow, restore or inherit do not delay the heartbeat.
+        thrice = {
+            "beat": self._beat,
+            "watch": self._watch_mirrors,
+            "restore": self._restore,
+            "inherit": self._inherit,
+        }
+        works = {name: self._three_times_a_lease(work) for name, work in thrice.items()}
+        works |= {"write": self._write(), "listen": self._listen()}
+        self.tasks.update({name: asyncio.create_task(work) for name, work in works.items()})
 
     async def create(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
-        if self._loop.time() < self._down_until:
+        if claim is not None and (held := self.local.held(claim)) is not None:
+            return held  # taken while Redis was away
+        if not await self._answers():
             return await self._create_alone(info, claim)
         try:
-            if claim is not None and (held := await self._claim(claim)) is not None:
-                return held
-            meta = orjson.dumps({**_to_meta(info), "replica": self.replica, "key": claim and claim.key})
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.set(self._name(info.stream_id, "meta"), meta, ex=self._lifetime)
-            pipe.sadd(self._at(self.replica, "open"), info.stream_id)
-            await pipe.execute()
+            begun = await self._begun(info, claim)
         except (RedisError, OSError) as error:
             self._is_down(error)
-            return await self._create_alone(info, claim)
-        log = RedisLog(info, self)
+            return self._create_in_doubt(info, claim)
+        except asyncio.CancelledError:
+            self._orphans.add(info.stream_id)
+            raise
+        if begun is None:
+            raise replica_lost()
+        if isinstance(begun, Claim):
+            return begun
+        log = RedisLog(info, self, claim)
         self.local.adopt(log)
         return log
 
@@ -183,7 +232,7 @@ class RedisStore:
         try:
             return await self._mirror(stream_id)
         except (RedisError, OSError) as error:
-            self._is_down(error)
+            await self._doubt(error)
             message = "the store that knows the stream cannot be reached; ask again"
             raise Overloaded("store_lost", message, headers={"Retry-After": "1"}) from None
 
@@ -197,12 +246,18 @@ class RedisStore:
             said: dict[Any, Any] = {"word": word, "id": stream_id, "seconds": self._settings.lease_seconds}
             await self._redis.xadd(control, said, maxlen=10_000, approximate=True)
         except (RedisError, OSError) as error:
-            self._is_down(error)
+            await self._doubt(error)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether Redis has not heard yet of all that was said here."""
+        return bool(self._behind)
 
     async def close(self) -> None:
         await stopped(self.tasks.values())
         try:
             await self._flush()
+            await self._catch_redis_up()
             # Whoever leaves in good order leaves nothing open behind.
             pipe = self._redis.pipeline(transaction=False)
             pipe.srem(self._name("replicas"), self.replica)
@@ -210,6 +265,8 @@ class RedisStore:
             await pipe.execute()
         except (RedisError, OSError):
             pass
+        for log in self._behind.values():
+            log.decide(False)  # rather billed twice than never
         await self._redis.aclose()
         await self._ear.aclose()
         await self.local.close()
@@ -233,23 +290,65 @@ class RedisStore:
     async def _flush(self) -> None:
         logs, self._drafts = self._drafts, {}
         drafts = [(log, draft) for log in logs.values() if (draft := log.take()) is not None]
-        kept = [(log, draft) for log, draft in drafts if log.is_replicated]
+        shared = [(log, draft) for log, draft in drafts if log.is_replicated]
         for log, draft in drafts:
             if not log.is_replicated:
                 log.commit(draft)
-        if not kept:
-            return
+        if shared:
+            await self._share(shared)
+
+    async def _share(self, writes: list[_Write]) -> None:
+        """Until Redis has all of them, or has said why not, or does not answer at all."""
+        problem: Exception = RedisError("it refuses what is written")
+        for _ in range(_TRIES):
+            writes = await self._put(writes)
+            if not writes:
+                return
+            try:
+                writes = await self._explained(writes)
+            except (RedisError, OSError) as error:
+                problem = error
+                break
+        if writes:
+            self._is_down(problem)
+        for log, draft in writes:
+            self._lose(log, draft)
+
+    async def _put(self, writes: list[_Write]) -> list[_Write]:
+        """Returns those that Redis has not confirmed."""
         pipe = self._redis.pipeline(transaction=False)
-        marks = [self._add(pipe, log, draft) for log, draft in kept]
+        marks = [self._add(pipe, log, draft) for log, draft in writes]
         try:
             answers = await pipe.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
-            self._is_down(error)
-            for log, draft in kept:
-                self._lose(log, draft)
-            return
-        for (log, draft), mark in zip(kept, marks, strict=True):
-            self._settle(log, draft, answers[mark])
+        except (RedisError, OSError):
+            return writes
+        doubtful: list[_Write] = []
+        for (log, draft), mark in zip(writes, marks, strict=True):
+            if isinstance(answers[mark], bytes):
+                log.commit(draft)
+            else:
+                doubtful.append((log, draft))
+        return doubtful
+
+    async def _explained(self, writes: list[_Write]) -> list[_Write]:
+        """Asks what became of them; returns those that never came."""
+        pipe = self._redis.pipeline(transaction=False)
+        for log, _ in writes:
+            pipe.get(self._name(log.info.stream_id, "heir"))
+            pipe.xrevrange(self._name(log.info.stream_id, "log"), count=1)
+        answers = await pipe.execute()
+        missing: list[_Write] = []
+        for (log, draft), heir, tail in zip(writes, answers[::2], answers[1::2], strict=True):
+            if heir is not None:
+                _log.warning("stream %s was ended by another replica", log.info.stream_id)
+                log.abandon()
+            elif not tail:
+                self._lose(log, draft)  # Redis has forgotten the stream
+            elif _number(tail) < draft.first:
+                missing.append((log, draft))
+            else:
+                log.commit(draft)
+        return missing
 
     def _add(self, pipe: Any, log: RedisLog, draft: _Draft) -> int:
         """Puts the commands of one draft into the pipeline; tells the place of the one whose answer counts."""
@@ -263,34 +362,25 @@ class RedisStore:
             fields["d"] = draft.pieces[0] if len(draft.pieces) == 1 else b"".join(draft.pieces)
         if draft.is_last:
             fields["e"] = 1
-        pipe.xadd(name, fields, id=f"{draft.first}-0")
-        if draft.first == 1:
-            pipe.expire(name, self._lifetime)
+        pipe.xadd(name, fields, id=f"{draft.first}-0", nomkstream=True)
         if draft.is_last:
             self._bury(pipe, stream_id, log.answers or draft.last > 0)
-            pipe.srem(self._at(self.replica, "open"), stream_id)
         return mark
 
     def _bury(self, pipe: Any, stream_id: str, answers: bool) -> None:
-        """The stream is over: it is kept for the retention time, or not at all where it answers nothing."""
-        seconds = max(1, int(self._settings.retention_seconds)) if answers else 1
+        """The stream is over."""
         for part in ("log", "meta"):
-            pipe.expire(self._name(stream_id, part), seconds)
+            pipe.expire(self._name(stream_id, part), self._seconds_kept(answers))
+        pipe.srem(self._at(self.replica, "open"), stream_id)
 
-    def _settle(self, log: RedisLog, draft: _Draft, answer: Any) -> None:
-        if isinstance(answer, ResponseError) and "equal or smaller" in str(answer):
-            _log.warning("stream %s was ended by another replica", log.info.stream_id)
-            log.abandon()
-        elif isinstance(answer, Exception):
-            self._is_down(answer)
-            self._lose(log, draft)
-        else:
-            log.commit(draft)
+    def _seconds_kept(self, answers: bool) -> int:
+        """A log is kept for the retention time, or not at all where it answers nothing."""
+        return max(1, int(self._settings.retention_seconds)) if answers else 1
 
     def _lose(self, log: RedisLog, draft: _Draft) -> None:
         """Redis does not have it: this log goes on in memory, or its stream ends, as the setting says."""
         log.is_replicated = False
-        self._disowned.add(log.info.stream_id)
+        self._behind[log.info.stream_id] = log
         log.commit(draft)
         if not log.is_over:
             log.lost(self._settings.on_failure == "end")
@@ -298,43 +388,125 @@ class RedisStore:
     def _is_down(self, error: Exception) -> None:
         if self._loop.time() >= self._down_until:
             _log.error("the store does not answer: %s; streams are resumable at their own replica only", error)
-        self._down_until = self._loop.time() + _RETRY_SECONDS
+        self._is_reachable, self._down_until = False, self._loop.time() + _RETRY_SECONDS
         # The others could not renew their leases either.
         self._judges_from = self._loop.time() + self._settings.lease_seconds
 
+    async def _doubt(self, error: Exception) -> None:
+        """Redis did not answer, or it is this process that slept."""
+        try:
+            await self._redis.ping()
+        except (RedisError, OSError):
+            self._is_down(error)
+
+    async def _answers(self) -> bool:
+        """Whether Redis can be reached; where it could not, it is asked again after a while."""
+        if not self._is_reachable and self._loop.time() >= self._down_until:
+            try:
+                self._is_reachable = bool(await self._redis.ping())
+            except (RedisError, OSError) as error:
+                self._is_down(error)
+        return self._is_reachable
+
+    # -- beginning a stream ------------------------------------------------------------------------
+
+    async def _begun(self, info: StreamInfo, claim: Claim | None) -> bool | Claim | None:
+        """True where the stream is open now; else the claim that had the key before, or None where an heir ended it."""
+        meta = orjson.dumps({**_to_meta(info), "replica": self.replica, "key": claim and claim.key})
+        keys = [*self._parts(info.stream_id), self._at(self.replica, "open")]
+        wanted = orjson.dumps({"digest": claim.digest, "stream_id": info.stream_id}) if claim is not None else b""
+        if claim is not None:
+            keys.append(self._key(claim.principal, claim.key))
+        first, last = self._name(""), ":meta"
+        args: list[Any] = [meta, self._lifetime, info.stream_id, wanted, first, last]
+        answer: Any = await _again(lambda: self._begin(keys=keys, args=args))
+        if claim is None or isinstance(answer, int):
+            return True if answer else None
+        held = orjson.loads(answer)
+        return Claim(claim.principal, claim.key, held["digest"], held["stream_id"])
+
     async def _create_alone(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
-        if self._settings.on_failure == "end":
-            message = "the store that logs the streams is gone, and nothing is sent here that is not logged; try again"
-            raise Overloaded("store_lost", message, headers={"Retry-After": "1"})
+        """Redis is known to be away, and will never hear of this stream."""
+        self._refuse_alone()
         created = await self.local.create(info, claim)
         if isinstance(created, StreamLog):
             created.is_alone = True
         return created
 
-    # -- idempotency keys --------------------------------------------------------------------------
+    def _create_in_doubt(self, info: StreamInfo, claim: Claim | None) -> StreamLog | Claim:
+        """Redis may have opened the stream, and does not answer."""
+        self._orphans.add(info.stream_id)
+        self._refuse_alone()
+        if claim is not None and (held := self.local.claim(claim)) is not None:
+            return held
+        self._orphans.discard(info.stream_id)
+        log = self._behind[info.stream_id] = RedisLog(info, self, claim)
+        log.is_alone, log.is_replicated = True, False
+        self.local.adopt(log)
+        return log
 
-    async def _claim(self, claim: Claim) -> Claim | None:
-        name = self._key(claim.principal, claim.key)
-        wanted = orjson.dumps({"digest": claim.digest, "stream_id": claim.stream_id})
-        for _ in range(2):
-            if await self._redis.set(name, wanted, nx=True, ex=self._lifetime):
+    def _refuse_alone(self) -> None:
+        if self._settings.on_failure == "end":
+            message = "the store that logs the streams is gone, and nothing is sent here that is not logged; try again"
+            raise Overloaded("store_lost", message, headers={"Retry-After": "1"})
+
+    # -- after Redis was away ----------------------------------------------------------------------
+
+    async def _catch_redis_up(self) -> None:
+        """What went on without Redis is written there, so that others can read it, or is nobody's but ours."""
+        for stream_id in list(self._orphans):
+            await self._drop_there(stream_id)
+            self._orphans.discard(stream_id)
+        for stream_id, log in list(self._behind.items()):
+            if (fate := await self._restored(log)) is None:
+                continue
+            del self._behind[stream_id]
+            if fate or log.is_over or not log.is_replicated:
+                log.decide(fate)
+
+    async def _restored(self, log: RedisLog) -> bool | None:
+        """Whether an heir has ended the stream; None where Redis took up something else meanwhile: ask again."""
+        begun = await self._begun(log.info, log.claim)
+        if begun is None:
+            _log.warning("stream %s went on alone; another replica has ended and billed it", log.info.stream_id)
+            return True
+        if isinstance(begun, Claim):
+            return await self._drop_there(log.info.stream_id)  # the same was asked again elsewhere
+        name = self._name(log.info.stream_id, "log")
+        tail: Any = await self._redis.xrevrange(name, count=1)
+        after, is_ended = int(tail[0][1].get(b"n", 0)), b"e" in tail[0][1]
+        try:
+            while log.last > after:
+                after = await self._rewrite(log, after)
+        except Evicted:
+            return await self._drop_there(log.info.stream_id)
+        except ResponseError:
+            return None
+        if log.is_over and not is_ended:
+            draft = _Draft(log.last + 1, log.last, is_last=True)
+            pipe = self._redis.pipeline(transaction=False)
+            mark = self._add(pipe, log, draft)
+            if not isinstance((await pipe.execute(raise_on_error=False))[mark], bytes):
                 return None
-            held = await self._redis.get(name)
-            if held is None:
-                continue  # it was given free in between
-            found = orjson.loads(held)
-            if await self._is_answer(found["stream_id"]):
-                return Claim(claim.principal, claim.key, found["digest"], found["stream_id"])
-            await self._redis.delete(name)
-        return Claim(claim.principal, claim.key, claim.digest, claim.stream_id)
-
-    async def _is_answer(self, stream_id: str) -> bool:
-        """Whether the stream runs, or its log is still there."""
-        for _ in range(20):
-            if await self._redis.exists(self._name(stream_id, "meta")):
-                return True
-            await asyncio.sleep(0.01)  # claimed a moment ago, and about to be created
+        log.is_replicated = True
         return False
+
+    async def _rewrite(self, log: RedisLog, after: int) -> int:
+        """Some of what Redis misses; returns the number of its last event then."""
+        entries, first = log.read(after, _RESTORED_AT_ONCE)
+        pipe = self._redis.pipeline(transaction=False)
+        for entry in entries:
+            fields: dict[Any, Any] = {"n": entry.last, "d": entry.data}
+            pipe.xadd(self._name(log.info.stream_id, "log"), fields, id=f"{first}-0", nomkstream=True)
+            first = entry.last + 1
+        if None in await pipe.execute():
+            raise ResponseError("the log is gone again")
+        return first - 1
+
+    async def _drop_there(self, stream_id: str) -> bool:
+        """Nobody shall follow the stream any more, nor end it; True where somebody has ended it before."""
+        keys = [*self._parts(stream_id), self._at(self.replica, "open")]
+        return bool(await _again(lambda: self._give_up(keys=keys, args=[stream_id])))
 
     # -- reading what other replicas write ---------------------------------------------------------
 
@@ -379,10 +551,10 @@ class RedisStore:
             names = {self._name(stream_id, "log"): mirror for stream_id, mirror in self._mirrors.items()}
             cursors: dict[Any, Any] = {control: heard, **{name: mirror.cursor for name, mirror in names.items()}}
             try:
-                answer: Any = await self._ear.xread(cursors, count=_PAGE, block=1000)
+                answer: Any = await self._ear.xread(cursors, count=_PAGE, block=int(_LISTEN_SECONDS * 1000))
             except (RedisError, OSError) as error:
-                self._is_down(error)
-                await asyncio.sleep(_RETRY_SECONDS)
+                await self._doubt(error)
+                await asyncio.sleep(0 if self._is_reachable else _RETRY_SECONDS)
                 continue
             for name, entries in answer or ():
                 if name.decode() == control:
@@ -410,21 +582,39 @@ class RedisStore:
 
     # -- who lives ---------------------------------------------------------------------------------
 
-    async def _beat(self) -> None:
-        """Says that this replica lives, and looks for those that do not."""
+    async def _three_times_a_lease(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await self._say_alive()
-                await self._disown()
-                await self._watch_mirrors()
-                replicas: Any = await self._redis.smembers(self._name("replicas"))
-                for replica in replicas if self._loop.time() >= self._judges_from else ():
-                    await self._look_after(replica.decode())
+                await work()
             except (RedisError, OSError) as error:
-                self._is_down(error)
+                await self._doubt(error)
             except Exception:
-                _log.exception("the store's heartbeat failed")
+                _log.exception("work at the store failed")
             await asyncio.sleep(self._settings.lease_seconds / 3)
+
+    async def _beat(self) -> None:
+        await _again(self._say_alive)
+        now = self._loop.time()
+        if now - self._alive_at > self._settings.lease_seconds:
+            # Maybe the whole machine slept, and the others with it.
+            self._judges_from = now + self._settings.lease_seconds
+        self._is_reachable, self._alive_at = True, now
+
+    async def _restore(self) -> None:
+        for stream_id in self._behind.keys() - self.local.ids():
+            self._behind[stream_id].forget()
+        if await self._answers():
+            await self._catch_redis_up()
+
+    async def _inherit(self) -> None:
+        """Looks for replicas that do not live; who did not say so for long itself may have slept with all of them."""
+        if self._loop.time() - self._alive_at > self._settings.lease_seconds:
+            return
+        for stream_id in list(self._inherited):
+            await self._bill_inherited(stream_id)
+        replicas: Any = await self._redis.smembers(self._name("replicas"))
+        for replica in replicas if self._loop.time() >= self._judges_from else ():
+            await self._look_after(replica.decode())
 
     async def _say_alive(self) -> None:
         pipe = self._redis.pipeline(transaction=False)
@@ -433,15 +623,6 @@ class RedisStore:
         pipe.expire(self._at(self.replica, "control"), self._lifetime)
         pipe.expire(self._at(self.replica, "open"), self._lifetime)
         await pipe.execute()
-
-    async def _disown(self) -> None:
-        """What went on without Redis is not whole there: nobody shall follow it, nor end it."""
-        for stream_id in list(self._disowned):
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.delete(self._name(stream_id, "meta"), self._name(stream_id, "log"))
-            pipe.srem(self._at(self.replica, "open"), stream_id)
-            await pipe.execute()
-            self._disowned.discard(stream_id)
 
     async def _watch_mirrors(self) -> None:
         for stream_id, mirror in list(self._mirrors.items()):
@@ -455,54 +636,73 @@ class RedisStore:
     async def _look_after(self, replica: str) -> None:
         if replica == self.replica or await self._redis.exists(self._at(replica)):
             return
-        if not await self._redis.set(self._at(replica, "heir"), self.replica, nx=True, ex=30):
+        place = self._at(replica, "heir")
+        is_first = await self._redis.set(place, self.replica, nx=True, ex=30)
+        if not is_first and await self._redis.get(place) != self.replica.encode():
             return
         left: Any = await self._redis.smembers(self._at(replica, "open"))
         _log.warning("replica %s is gone and leaves %d streams", replica, len(left))
         for stream_id in left:
-            await self._end_lost(stream_id.decode())
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.srem(self._name("replicas"), replica)
-        pipe.delete(self._at(replica, "open"), self._at(replica, "control"), self._at(replica, "heir"))
-        await pipe.execute()
+            await self._end_lost(stream_id.decode(), replica)
+        # It may live after all, and carry what it was faster with.
+        if not await self._redis.exists(self._at(replica), self._at(replica, "open")):
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.srem(self._name("replicas"), replica)
+            pipe.delete(self._at(replica, "control"))
+            await pipe.execute()
+        await self._redis.delete(place)
 
-    async def _end_lost(self, stream_id: str) -> None:
+    async def _end_lost(self, stream_id: str, replica: str) -> None:
         """Ends a stream whose replica died; the write is refused where it, or another heir, was faster."""
-        meta = await self._meta(stream_id)
-        if meta is None:
+        meta, open_streams = await self._meta(stream_id), self._at(replica, "open")
+        if meta is None or (lost := await self._lost(stream_id, meta)) is None:
+            await self._redis.srem(open_streams, stream_id)
             return
+        info, last, closing = lost
+        fields: list[Any] = ["n", closing.last, "e", 1]
+        if closing.data:
+            fields += ["d", closing.data]
+        elif last == 0:
+            problem = replica_lost()
+            fields += ["w", orjson.dumps({"status": problem.status, "headers": {}}), "d", refusal_of(info.dialect)]
+        keys = [*self._parts(stream_id), open_streams, self._at(replica)]
+        if meta["key"] and last == 0:
+            keys.append(self._key(info.principal, meta["key"]))
+        times = [self._lifetime, self._seconds_kept(last > 0)]
+        args: list[Any] = [stream_id, self.replica, *times, f"{last + 1}-0", *fields]
+        self._inherited[stream_id] = info, closing.record
+        is_ours = await _again(lambda: self._end_as_heir(keys=keys, args=args))
+        del self._inherited[stream_id]
+        if is_ours:
+            self._on_lost(info, closing.record)
+
+    async def _lost(self, stream_id: str, meta: Mapping[str, Any]) -> tuple[StreamInfo, int, Closing] | None:
+        """What is to be said to the end of the stream, and its last event before that; None where it has ended."""
         info = _from_meta(stream_id, meta)
         found = _Mirror(info, _Nobody(), meta["replica"])
         await self._catch_up(found)
         if found.is_over_there:
-            return
+            return None
         native = [body for entry in found for body in bodies(entry.data, info.form)] if info.has_cursors else []
         ts = int(time.time() * 1000)
         closing = await asyncio.to_thread(close_lost, native, info.form, info.dialect, stream_id, found.last, ts)
-        if closing is None:
-            return
-        fields: dict[Any, Any] = {"n": closing.last, "e": 1}
-        if closing.data:
-            fields["d"] = closing.data
-        elif found.last == 0:
-            problem = replica_lost()
-            fields["w"] = orjson.dumps({"status": problem.status, "headers": {}})
-            fields["d"] = refusal_of(info.dialect)
-        try:
-            await self._redis.xadd(self._name(stream_id, "log"), fields, id=f"{found.last + 1}-0")
-        except ResponseError:
-            return
-        pipe = self._redis.pipeline(transaction=False)
-        self._bury(pipe, stream_id, answers=found.last > 0)
-        if meta["key"] and found.last == 0:
-            pipe.delete(self._key(info.principal, meta["key"]))
-        await pipe.execute()
-        self._on_lost(info, closing.record)
+        return None if closing is None else (info, found.last, closing)
+
+    async def _bill_inherited(self, stream_id: str) -> None:
+        """It was ended by this heir, which did not hear of it, or not at all."""
+        heir = await self._redis.get(self._name(stream_id, "heir"))
+        info, record = self._inherited.pop(stream_id)
+        if heir == self.replica.encode():
+            self._on_lost(info, record)
 
     # -- names -------------------------------------------------------------------------------------
 
     def _name(self, *parts: str) -> str:
         return ":".join((self._prefix, *parts))
+
+    def _parts(self, stream_id: str) -> list[str]:
+        """What Redis knows of a stream, in the order of the scripts."""
+        return [self._name(stream_id, part) for part in ("meta", "log", "heir")]
 
     def _at(self, replica: str, *parts: str) -> str:
         return self._name("at", replica, *parts)
@@ -552,6 +752,19 @@ async def stopped(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in running:
             task.cancel()
         await asyncio.wait(running, timeout=0.1)
+
+
+async def _again(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """Sends what may be sent twice a second time where no answer came: it may be this process that slept."""
+    try:
+        return await ask()
+    except (RedisError, OSError):
+        return await ask()
+
+
+def _number(tail: Any) -> int:
+    """Of the entry that the log ends with: the event that it starts with."""
+    return int(tail[0][0].partition(b"-")[0])
 
 
 def _to_meta(info: StreamInfo) -> dict[str, Any]:
