@@ -113,6 +113,21 @@ async def test_both_paths_give_the_same_events(both: Both, script: Script, name:
     assert counts(tagged) == counts(plain)
 
 
+@pytest.mark.parametrize("bytewise", [False, True])
+async def test_markers_that_are_spelled_in_several_tokens(engine: Engine, script: Script, bytewise: bool) -> None:
+    """Such as no special token of this model: both paths find them in the text, and the tags agree."""
+    spelled = {"planner": {"models": ["tiny"], "reasoning": {"open": "[plan]", "close": "[/plan]"}}}
+    said = script("[plan]Hm [/p 👩‍👩‍👧[/plan]Yes, [plan.", bytewise=bytewise)
+    answers = []
+    for plugin in ("off", "auto"):
+        upstream = {"parses_tools": False, "plugin": plugin}
+        async with sidecar(engine.url, upstream, families=spelled) as running, calling(running.url) as caller:
+            answers.append(await caller.stream(NDJSON, **said))
+    plain, tagged = answers
+    assert essence(tagged, *COUNTS) == essence(plain, *COUNTS)
+    assert (tagged.reasoning(), tagged.text()) == ("Hm [/p 👩‍👩‍👧", "Yes, [plan.")
+
+
 async def test_the_cause_of_an_end_is_the_same_on_both_paths(both: Both, script: Script) -> None:
     words = script("one two three four", eos=False)
     third = words["vllm_xargs"]["script"][2]

@@ -115,6 +115,19 @@ async def test_the_template_says_in_which_channel_the_model_begins(
     assert channels(await client.over(await client.open(**request)))[0][0] == first
 
 
+async def test_a_thought_that_vllm_ends_for_its_budget(client: PluginClient, direct: Caller, script: Script) -> None:
+    """The end that vLLM forces comes by like any other id."""
+    thought = "<think>One thing leads to another, and that to a third, and so on without any end in sight."
+    request = chat(**script(thought, eos=False), thinking_token_budget=4, max_tokens=9)
+    records = await client.over(await client.open(**request))
+    plain = await direct.post("/v1/chat/completions", {**request, "stream": True, "return_token_ids": True})
+    told = [choice.get("token_ids") or () for chunk in plain.chunks for choice in chunk["choices"]]
+    assert ids(records) == [number for run in told for number in run]
+    assert [(tag, len(run)) for tag, run in channels(records)] == [
+        ("marker", 1), ("reasoning", 4), ("marker", 1), ("answer", 3)
+    ]  # fmt: skip
+
+
 async def test_two_choices_go_their_own_ways(client: PluginClient, script: Script) -> None:
     request = script("<think>a</think>One.", "Two, and no thought.")
     records = await client.over(await client.open(**chat(**request)))

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 
 import aiohttp
@@ -17,7 +17,7 @@ from conftest import EngineHolder
 from support.engine import Engine, running_engine
 from support.fake_plugin import socket_path
 from support.http_client import NDJSON, Answer, Caller, calling, chat
-from support.plugin_client import connected
+from support.plugin_client import connected, ids
 from support.record import EMOJI, THINKING
 from support.scripts import Script
 from support.sidecar import Sidecar, sidecar
@@ -32,7 +32,9 @@ KEY = {"Authorization": "Bearer the-key"}
 def guarded(engine_holder: EngineHolder) -> Iterator[Engine]:
     engine_holder.stop()
     with socket_path() as path:
-        arguments = ("--api-key", "the-key", "--uds", str(path), "--api-server-count", "2")
+        # 2112 tokens: one request of the longest kind, or two of the tests' that then drive each other out.
+        cache = ("--num-gpu-blocks-override", "66")
+        arguments = ("--api-key", "the-key", "--uds", str(path), "--api-server-count", "2", *cache)
         with running_engine(*arguments, environment={"VLLM_PLUGINS": "penstock"}) as engine:
             yield engine
 
@@ -158,6 +160,18 @@ def ends(guarded: Engine) -> float:
         return guarded.metric("penstock_request_ends_total")
     except LookupError:
         return 0
+
+
+async def test_what_is_driven_out_of_a_full_cache_goes_on_where_it_was(guarded: Engine) -> None:
+    """Preemption: vLLM reckons a request anew when there is room again, and tells none of its ids twice."""
+    script = Script(guarded)
+    before = await asyncio.to_thread(guarded.metric, "vllm:num_preemptions_total")
+    requests = [script(f"Number {number} goes on and on. ", eos=False, max_tokens=900) for number in range(4)]
+    async with connected(guarded.url, unix_socket=guarded.unix_socket, headers=KEY) as client:
+        numbers = [await client.open(**chat(**request)) for request in requests]
+        for number, request in zip(numbers, requests, strict=True):
+            assert ids(await client.over(number)) == list(islice(cycle(request["vllm_xargs"]["script"]), 900))
+    assert await asyncio.to_thread(guarded.metric, "vllm:num_preemptions_total") > before
 
 
 async def test_a_process_that_dies_is_one_error_in_each_of_its_streams(guarded: Engine, callers: list[Caller]) -> None:

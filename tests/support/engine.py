@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from itertools import pairwise
 from pathlib import Path
@@ -232,15 +232,23 @@ def running_engine(*arguments: str, environment: Mapping[str, str] | None = None
     Raises EngineUnavailable, with the end of its log, when it does not come up. One engine runs at a time on
     a checkout: a second caller waits for the first. An engine never outlives the process that started it.
     """
+    with running_engines(*arguments, environments=[environment or {}]) as [engine]:
+        yield engine
+
+
+@contextmanager
+def running_engines(*arguments: str, environments: Sequence[Mapping[str, str]]) -> Iterator[list[Engine]]:
+    """The same for several that must run at once: one for each environment."""
     python = interpreter()
     WORK.mkdir(exist_ok=True)
-    with only_engine():
-        engine = launch(python, arguments, environment or {})
-        try:
+    with only_engine(), ExitStack() as stack:
+        engines = []
+        for number, environment in enumerate(environments):
+            engines.append(launch(python, arguments, environment, f"engine-{number}.log" if number else "engine.log"))
+            stack.callback(engines[-1].stop)
+        for engine in engines:
             wait_until_healthy(engine)
-            yield engine
-        finally:
-            engine.stop()
+        yield engines
 
 
 @contextmanager
@@ -259,9 +267,9 @@ def only_engine() -> Iterator[None]:
         yield
 
 
-def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> Engine:
+def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, str], log_name: str) -> Engine:
     port = free_port()
-    log = WORK / "engine.log"
+    log = WORK / log_name
     with log.open("wb") as output:
         process = subprocess.Popen(
             [python, SERVE, "--port", str(port), "--stop-with-stdin", *arguments],
