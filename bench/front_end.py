@@ -2,8 +2,8 @@
 
 One real engine (`examples/tiny_vllm`) serves all ways, which take turns within one run: OpenAI chat streams straight
 from vLLM, and through Penstock from tagged tokens and from plain chunks. Counted are the process that serves HTTP
-and the sidecar's process, never the engine core nor the clients. Every token is checked to have arrived. At last the
-engine is started again by turns with and without the plugin, to see what it costs where nobody uses it.
+and the sidecar's process, never the engine core nor the clients. Every token is checked to have arrived. At last
+engines with and without the plugin take turns, to see what it costs where nobody uses it.
 It prints a table and a line of JSON for each turn.
 """
 
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from bench.cpu_per_token import (  # noqa: E402
     running,
 )
 
-from support.engine import Engine, running_engine  # noqa: E402
+from support.engine import Engine, running_engine, running_engines  # noqa: E402
 
 # Room for 256 streams at once, in the batch, in one step's prompts and in the KV cache.
 ENGINE_ARGUMENTS: Final = (
@@ -64,6 +64,9 @@ FIRST_TOKENS: Final = 16
 TURN_SECONDS: Final = 120.0
 PLUGIN_SECONDS: Final = 30.0
 FLAT_TOKENS: Final = 400
+# A turn of the idle plugin is short, so that many take turns: streams of a load, flat out or a step every 30 ms.
+IDLE_LOADS: Final = ("64", "flat")
+IDLE_FLAT_TOKENS: Final = 250
 
 TOOL: Final = {
     "type": "function",
@@ -136,9 +139,9 @@ class Load:
         return f"{self.streams} streams, {pace}"
 
 
-def load_of(streams: int, pause_ms: int, seconds: float) -> Load:
+def load_of(streams: int, pause_ms: int, seconds: float, flat_tokens: int = FLAT_TOKENS) -> Load:
     lasting = int((SETTLE_SECONDS + seconds + TAIL_SECONDS) * 1000)
-    tokens = FIRST_TOKENS + lasting // pause_ms if pause_ms else FLAT_TOKENS
+    tokens = FIRST_TOKENS + lasting // pause_ms if pause_ms else flat_tokens
     return Load(streams, pause_ms, tokens, seconds)
 
 
@@ -516,43 +519,67 @@ def _ratio(turns: Iterable[Turn], others: Iterable[Turn]) -> float:
 # -- installed and not used ----------------------------------------------------------------------------
 
 
+IDLE: Final = {"without": WITHOUT_PLUGIN, "with": WITH_PLUGIN, "without again": WITHOUT_PLUGIN}
+
+
 def measure_idle(arguments: argparse.Namespace) -> None:
-    """vLLM's own routes with the plugin and without it, a fresh engine for each turn of the two."""
-    loads = [load_of(*LOADS[name], arguments.seconds) for name in ("64", "flat")]
-    runs: dict[str, list[Figures]] = {"without": [], "with": []}
-    for number, (name, environment) in itertools.product(
-        range(1, arguments.idle_rounds + 1), (("without", WITHOUT_PLUGIN), ("with", WITH_PLUGIN))
-    ):
-        with running_engine(*ENGINE_ARGUMENTS, environment=environment) as engine:
-            ways = direct(engine)[:1]
-            asyncio.run(measure(engine, ways, [load_of(4, 30, 1.0)], 1, warm_up=True))
-            figures = asyncio.run(measure(engine, ways, loads, arguments.idle_turns, plugin=name, start=number))
-        runs[name].append(figures)
-    for load in loads:
-        print_idle(load, {name: list(_medians(load, figures)) for name, figures in runs.items()})
+    """vLLM's own routes with the plugin and without it, and without it once more: what no cause at all looks like.
+
+    All three run at once and take turns of seconds, so that what else the machine does falls on all. Engines of one
+    kind differ too, so there are new ones in each round.
+    """
+    loads = [load_of(*LOADS[name], arguments.seconds, flat_tokens=IDLE_FLAT_TOKENS) for name in IDLE_LOADS]
+    rounds: list[dict[str, Figures]] = []
+    for number in range(1, arguments.idle_rounds + 1):
+        with running_engines(*ENGINE_ARGUMENTS, environments=list(IDLE.values())) as engines:
+            rounds.append(asyncio.run(_idle_round(number, dict(zip(IDLE, engines, strict=True)), loads, arguments)))
+        # Each round is worth something by itself: whoever has little time at once runs one after the other.
+        for load in loads:
+            print_idle(load, rounds)
 
 
-def _medians(load: Load, engines: list[Figures]) -> Iterator[float]:
-    """One figure an engine: engines differ more than turns do."""
-    for figures in engines:
-        [turns] = [turns for (name, _), turns in figures.items() if name == load.name]
-        yield statistics.median(turn.microseconds for turn in turns)
+async def _idle_round(
+    number: int, engines: dict[str, Engine], loads: list[Load], arguments: argparse.Namespace
+) -> dict[str, Figures]:
+    figures: dict[str, Figures] = {name: {} for name in engines}
+    for engine in engines.values():
+        await measure(engine, direct(engine)[:1], [load_of(4, 30, 1.0)], 1, warm_up=True)
+    for turn in range(arguments.idle_turns):
+        order = list(engines)[:: 1 if turn % 2 else -1]
+        for load, name in itertools.product(loads, order):
+            taken = await measure(engines[name], direct(engines[name])[:1], [load], 1, plugin=name, round=number)
+            for key, turns in taken.items():
+                figures[name].setdefault(key, []).extend(turns)
+    return figures
 
 
-def print_idle(load: Load, medians: dict[str, list[float]]) -> None:
-    """The plugin's price where nobody uses it; `noise` is what two engines without it differ by."""
-    without, having = medians["without"], medians["with"]
-    ratios = [b / a for a, b in zip(without, having, strict=True)]
-    print(f"\n{load.name}, plugin installed and not used: CPU microseconds per token, an engine each")
-    for name, values in medians.items():
-        print(f"{name:32}" + "".join(f"{value:8.1f}" for value in values))
-    print(f"{'ratio':32}" + "".join(f"{ratio:8.3f}" for ratio in ratios))
-    print_line(
-        load=load.name,
-        idle_ratio=round(statistics.median(having) / statistics.median(without), 3),
-        ratios=[round(ratio, 3) for ratio in ratios],
-        noise=round(max(without) / min(without), 3),
-    )
+def print_idle(load: Load, rounds: list[dict[str, Figures]]) -> None:
+    """The plugin's price where nobody uses it, beside the ratio of two engines of which neither has it."""
+    costs = {name: [_costs(load, figures[name]) for figures in rounds] for name in IDLE}
+    print(f"\n{load.name}, plugin loaded and not used: CPU microseconds per token, a line a round")
+    for name, values in costs.items():
+        for turns in values:
+            print(f"{name:24}" + "".join(f"{value:8.1f}" for value in turns))
+    for name in ("with", "without again"):
+        pairs = [
+            [turn / base for turn, base in zip(turns, bases, strict=True)]
+            for turns, bases in zip(costs[name], costs["without"], strict=True)
+        ]
+        ratios = sorted(itertools.chain.from_iterable(pairs))
+        median, of_rounds = statistics.median(ratios), [statistics.median(pair) for pair in pairs]
+        print(f"{name:16} / without: median {median:.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
+        print_line(
+            load=load.name,
+            ratio_of=name,
+            median=round(median, 3),
+            rounds=[round(ratio, 3) for ratio in of_rounds],
+            turns=[round(ratio, 3) for ratio in ratios],
+        )
+
+
+def _costs(load: Load, figures: Figures) -> list[float]:
+    [turns] = [turns for (name, _), turns in figures.items() if name == load.name]
+    return [turn.microseconds for turn in turns]
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -568,7 +595,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--idle-rounds", type=int, default=2, help="engines with and without the plugin; 0: none (default %(default)s)"
     )
-    parser.add_argument("--idle-turns", type=int, default=3, help="turns of each such engine (default %(default)s)")
+    parser.add_argument("--idle-turns", type=int, default=4, help="turns of each such engine (default %(default)s)")
     parser.add_argument(
         "--beside",
         metavar="NAME=PROXY_DIRECTORY",

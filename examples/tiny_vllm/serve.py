@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -29,6 +28,8 @@ ENVIRONMENT = {
     # The model is too small to share out: more threads only wait for each other.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # As `vllm serve` sets it.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "TOKENIZERS_PARALLELISM": "false",
     # vLLM's processes find scripted.py and model_names.py here.
     "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -75,11 +76,19 @@ def stop_with_stdin() -> None:
 
 
 def serve(*more: str) -> None:
-    """Run vLLM's server in this process. Its child processes import this small file again, not the server."""
+    """Do in this process what `vllm serve` does. Its child processes import this small file again, not the server."""
     os.environ.update(ENVIRONMENT)
     sys.path.insert(0, str(HERE))
-    sys.argv = ["api_server", "--model", str(model_directory()), *ARGUMENTS, *more]
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+    # Not vLLM's own main: that asks for the version of a distribution `vllm`, and the CPU build is called otherwise.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser()
+    command.subparser_init(parser.add_subparsers())
+    arguments = parser.parse_args(["serve", str(model_directory()), *ARGUMENTS, *more])
+    command.validate(arguments)
+    command.cmd(arguments)
 
 
 if __name__ == "__main__":

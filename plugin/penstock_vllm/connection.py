@@ -44,6 +44,11 @@ class Connection:
         self._streams: dict[int, Stream] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._has_lost = False
+        self._greeting: str | None = None
+
+    def greet(self, instance: str) -> None:
+        """The first message says which process answers. Before `run`."""
+        self._greeting = json.dumps({"op": "hello", "instance": instance})
 
     async def run(self) -> None:
         sender = asyncio.create_task(self._send())
@@ -63,6 +68,8 @@ class Connection:
                 _log.debug("penstock: a connection ended: %r", outcome)
 
     async def _send(self) -> None:
+        if self._greeting is not None:
+            await self._socket.send_text(self._greeting)
         while True:
             message = await self._outbox.next()
             if isinstance(message, str):

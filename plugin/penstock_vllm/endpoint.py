@@ -33,6 +33,7 @@ class PenstockRoutes:
 
     def __init__(self) -> None:
         self._instance = secrets.token_hex(16)
+        self._processes = 1
         self._problems: dict[str, str] = {}
         self._tables: Tables | None = None
         self._tokenizer: TokenizerText | None = None
@@ -72,6 +73,7 @@ class PenstockRoutes:
     def _learn(self, engine_client: Any, state: Any, args: Any) -> None:
         self._models = list(args.served_model_name or [args.model])
         self._max_model_len = engine_client.model_config.max_model_len
+        self._processes = api_server_processes(engine_client)
         if not isinstance(getattr(engine_client.output_processor, "request_states", None), dict):
             self._step_aside("output_tap", "the engine client of this process has no request states")
         if getattr(state, "openai_serving_chat", None) is None:
@@ -107,6 +109,7 @@ class PenstockRoutes:
                 "vllm": vllm_version(),
                 "system_fingerprint": self._fingerprint,
                 "instance": self._instance,
+                "processes": self._processes,
                 "models": self._models,
                 "max_model_len": self._max_model_len,
                 "hooks": {hook: hook not in self._problems for hook in ("output_tap", "grammar_stop")},
@@ -138,7 +141,16 @@ class PenstockRoutes:
             await websocket.close()
             return
         await websocket.accept()
-        await Connection(websocket, self._door, tap.OPEN_STREAMS, self._tables, self._most_bytes).run()
+        connection = Connection(websocket, self._door, tap.OPEN_STREAMS, self._tables, self._most_bytes)
+        if websocket.query_params.get("hello") == "1":
+            connection.greet(self._instance)
+        await connection.run()
+
+
+def api_server_processes(engine_client: Any) -> int:
+    """How many processes serve this engine's HTTP (`--api-server-count`); 1 where vLLM does not say."""
+    count = getattr(getattr(engine_client, "engine_core", None), "client_count", 1)
+    return count if isinstance(count, int) and count > 0 else 1
 
 
 def vllm_version() -> str:

@@ -164,6 +164,15 @@ async def test_what_a_stream_generates_is_heard(plugin: Plugin) -> None:
     assert plugin.door.load == 1
 
 
+async def test_who_asks_is_told_first_which_process_answers() -> None:
+    plugin = Plugin()
+    plugin.connection.greet("this-one")
+    plugin.socket.open(8, ask="refuse")
+    async with running(plugin):
+        assert await plugin.socket.hears() == {"op": "hello", "instance": "this-one"}
+        assert (await plugin.socket.hears())["op"] == "refused"
+
+
 async def test_an_abort_stops_the_engine_and_nothing_more_is_heard(plugin: Plugin) -> None:
     plugin.socket.open(7, name="a")
     await plugin.step("a", 5)

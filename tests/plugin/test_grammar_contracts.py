@@ -1,4 +1,4 @@
-"""The grammar stop and the logits processor against vLLM's own classes, run by the engine's interpreter."""
+"""The grammar stop, its logits processor and the tap against vLLM's own classes, run by the engine's interpreter."""
 
 import json
 import os
@@ -38,6 +38,8 @@ def test_schedules(schedule: str) -> None:
     assert [len(text) for text in told["texts"]] == told["lengths"]
     assert all(text.isdecimal() for text in told["texts"])
     assert told["tokens"] == [length + 1 for length in told["lengths"]]
+    assert told["tokens that were not heard as they were said"] == []
+    assert told["longest run"] > 1 or schedule != "speculative"
     assert told["reasons"] == ["stop grammar"]
     assert told["same again"]
     assert told["preemptions"] > 0

@@ -3,12 +3,12 @@
 import logging
 import sys
 from importlib.metadata import entry_points
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from penstock_vllm import register, tap
-from penstock_vllm.endpoint import PenstockRoutes, vllm_version
+from penstock_vllm.endpoint import PenstockRoutes, api_server_processes, vllm_version
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +64,12 @@ def test_what_vllm_asks_of_an_endpoint_plugin() -> None:
 
 def test_without_vllm_there_is_no_version() -> None:
     assert vllm_version() == "unknown"
+
+
+@pytest.mark.parametrize(("said", "processes"), [({"client_count": 4}, 4), ({}, 1), ({"client_count": None}, 1)])
+def test_how_many_processes_serve_the_engine(said: dict[str, object], processes: int) -> None:
+    assert api_server_processes(SimpleNamespace(engine_core=SimpleNamespace(**said))) == processes
+
+
+def test_an_engine_client_of_another_kind_has_one_process() -> None:
+    assert api_server_processes(object()) == 1

@@ -13,7 +13,7 @@ from penstock.core.frames import Tokens
 from support.abort_clock import client_leaves, late_ms, plugin_aborts
 from support.commands import Serving, serving
 from support.engine import Engine
-from support.http_client import NDJSON, calling, chat
+from support.http_client import NDJSON, PATIENCE_SECONDS, Caller, calling, chat
 from support.plugin_client import PluginClient, connected, ids
 from support.scripts import Script
 from support.sidecar import sidecar
@@ -69,6 +69,7 @@ async def test_a_sidecar_that_is_killed_or_frozen_is_nobody_elses_trouble(
     own = await watcher.open(**endless(script))
     await watcher.tokens(own, 5)
     async with calling(doomed.url) as caller:
+        await found_the_plugin(engine, caller, script)
         asked = [asyncio.create_task(caller.post("/v1/streams", endless(script), {"Accept": NDJSON})) for _ in range(8)]
         await until(lambda: _are_open(engine, 9))
         calm = await pace_ms(watcher, own)
@@ -91,6 +92,17 @@ async def test_a_sidecar_that_is_killed_or_frozen_is_nobody_elses_trouble(
     said = watcher.records[own]
     heard, wanted = ids(said), endless(script)["vllm_xargs"]["script"]
     assert heard == (wanted * len(heard))[: len(heard)], "not a token of the other stream was lost"
+
+
+async def found_the_plugin(engine: Engine, caller: Caller, script: Script) -> None:
+    """A sidecar reads plain chunks until it has found the plugin, and a busy machine takes its time."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            async with caller.opened("/v1/streams", endless(script), {"Accept": NDJSON}) as answer:
+                await answer.content.readany()
+                if await _are_open(engine, 2):
+                    break
+    await until(lambda: _are_open(engine, 1))
 
 
 async def _are_open(engine: Engine, count: int) -> bool:

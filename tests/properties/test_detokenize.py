@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.core.detokenize import Detokenizer, Vocabulary
 from penstock_vllm.vocabulary import TokenizerVocabulary
-from support.strategies import CLUSTERS, model_texts, thorough
+from support.strategies import CLUSTERS, model_texts, seeds, thorough
 from support.tokenizers_made import CORPUS, SHAPES, MadeTokenizer, made
 from support.vllm_detokenizer import Case, VllmDetokenizer, vllm_detokenizer
 
@@ -136,9 +136,7 @@ class Dice:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_text_is_vllms(oracle: Oracle, shape: str) -> None:
-    sequences = IN_A_SOAK if settings.get_current_profile_name() == "soak" else IN_EVERY_RUN
-    batches = -(-sequences // (BATCH * len(SHAPES)))
-    for batch in range(batches):
+    for batch in seeds(*(-(-sequences // (BATCH * len(SHAPES))) for sequences in (IN_EVERY_RUN, IN_A_SOAK))):
         dice = Dice(shape, batch)
         oracle.assert_same([dice.case() for _ in range(BATCH)])
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from penstock_vllm.channels import Run, Table
 from penstock_vllm.frames import Channel
 from penstock_vllm.vocabulary import TokenizerVocabulary
 from support.plugin_client import QWEN
-from support.strategies import CLUSTERS
+from support.strategies import CLUSTERS, seeds
 from support.tokenizers_made import CORPUS, MadeTokenizer, made
 from support.vllm_parsers import Answer, VllmParsers, vllm_parsers
 
@@ -175,10 +174,9 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmParsers]:
 
 @pytest.mark.parametrize("shape", PARSERS)
 def test_the_channels_hold_what_vllms_own_parsers_find(vllm: VllmParsers, shape: str) -> None:
-    answers = IN_A_SOAK if settings.get_current_profile_name() == "soak" else IN_EVERY_RUN
     tokenizer = made(shape)
     table = Table(QWEN, TokenizerVocabulary(tokenizer.tokenizer))
-    for batch in range(-(-answers // (BATCH * len(PARSERS)))):
+    for batch in seeds(*(-(-answers // (BATCH * len(PARSERS))) for answers in (IN_EVERY_RUN, IN_A_SOAK))):
         speaker, chance = Speaker(shape, batch), random.Random(batch)
         said = [speaker.answer() for _ in range(BATCH)]
         for answer, theirs in zip(said, vllm.parsed(said), strict=True):

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from typing import Any
 
 import aiohttp
@@ -792,3 +792,130 @@ async def test_two_choices_of_which_one_is_cut(setup: Setup) -> None:
     told = await answer
     assert (told.text(0), told.text(1)) == ("a", "b")
     assert told.end["finish_reasons"] == ["stop", "length"]
+
+
+# --- Several API server processes -------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def with_processes(count: int, *takes: str) -> AsyncIterator[Setup]:
+    """An engine of `count` API server processes, which take the connections in this order, the last one all others."""
+    async with fake_plugin() as plugin:
+        plugin.capabilities["processes"] = count
+        plugin.instances = chain(takes, repeat(takes[-1]))
+        async with in_front_of(plugin) as setup:
+            yield setup
+
+
+def loads(setup: Setup) -> Json:
+    connection = setup.sidecar.server.cluster.members[0].engine.plugin
+    assert connection is not None
+    return connection.loads
+
+
+async def test_streams_are_dealt_out_over_the_processes_of_an_engine() -> None:
+    async with with_processes(2, "a", "b") as setup:
+        await until(lambda: len(loads(setup)) == 2)
+        answers, streams = zip(*[await setup.asks() for _ in range(6)], strict=True)
+        assert loads(setup) == {"a": 3, "b": 3}
+        assert len({stream.number for stream in streams}) == 6
+        for stream in streams[:3]:
+            await setup.plugin.send(*stream.whole("Hello"), to=stream.connection)
+        await asyncio.gather(*answers[:3])
+        answers += ((await setup.asks())[0],)
+        for stream in setup.plugin.opens[3:]:
+            await setup.plugin.send(*stream.whole("Hello"), to=stream.connection)
+        assert [(await answer).text() for answer in answers] == ["Hello"] * 7
+        assert loads(setup) == {"a": 0, "b": 0}
+
+
+async def test_a_stream_is_aborted_where_it_was_opened() -> None:
+    async with with_processes(2, "a", "b") as setup:
+        await until(lambda: len(loads(setup)) == 2)
+        first, stream = await setup.asks()
+        second, _ = await setup.asks()
+        first.cancel()
+        await until(lambda: setup.plugin.aborts == [stream.number])
+        assert sum(loads(setup).values()) == 1
+        second.cancel()
+        await until(lambda: len(setup.plugin.aborts) == 2)
+
+
+async def test_connections_that_one_process_took_twice_are_given_back() -> None:
+    async with with_processes(3, "a", "a", "b", "a", "c") as setup:
+        await until(lambda: len(loads(setup)) == 3)
+        await until(lambda: setup.plugin.connections == 3)
+        assert setup.plugin.connected == 5
+
+
+async def test_a_process_that_takes_no_connection_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "penstock"):
+        async with with_processes(2, "a") as setup:
+            await until(lambda: "connected to 1 of 2 API server processes" in caplog.text)
+            answer, stream = await setup.asks()
+            await setup.plugin.send(*stream.whole("Hello"), to=0)
+            assert (await answer).text() == "Hello"
+            setup.plugin.instances = repeat("b")
+            await until(lambda: set(loads(setup)) == {"a", "b"})
+            await until(lambda: setup.plugin.connections == 2)
+
+
+async def test_a_process_that_dies_takes_its_own_streams_along_and_is_found_again() -> None:
+    async with with_processes(2, "a", "b", "a") as setup:
+        await until(lambda: len(loads(setup)) == 2)
+        answers, streams = zip(*[await setup.asks() for _ in range(4)], strict=True)
+        for stream in streams:
+            await setup.plugin.send(stream.begin(), *stream.says("Hel"), to=stream.connection)
+        setup.plugin.drop(streams[0].connection)
+        gone = [stream.connection == streams[0].connection for stream in streams]
+        assert sum(gone) == 2
+        await until(lambda: len(loads(setup)) == 2 and setup.plugin.connected == 3)
+        for stream, is_gone in zip(streams, gone, strict=True):
+            if not is_gone:
+                await setup.plugin.send(*stream.says("lo"), *stream.ends(), to=stream.connection)
+        for answer, is_gone in zip(answers, gone, strict=True):
+            told = await answer
+            assert told.text() == ("Hel" if is_gone else "Hello")
+            assert [error["code"] for error in told.of("error")] == (["engine_gone"] if is_gone else [])
+        answer, stream = await setup.asks()
+        await setup.plugin.send(*stream.whole("Hello"), to=stream.connection)
+        assert (await answer).text() == "Hello"
+
+
+async def test_one_process_against_the_contract_is_the_end_of_all_connections() -> None:
+    async with with_processes(2, "a", "b") as setup:
+        await until(lambda: len(loads(setup)) == 2)
+        begun, _ = await setup.asks()
+        await setup.plugin.send_raw(b"\x02", to=0)
+        assert (await begun).error["code"] == "engine_gone"
+        await until(lambda: setup.plugin.connections == 0)
+        assert await setup.uses_plain_chunks()
+
+
+async def test_after_all_processes_died_both_are_found_again() -> None:
+    async with with_processes(2, "a", "b", "b", "b", "a") as setup:
+        await until(lambda: len(loads(setup)) == 2)
+        setup.plugin.drop()
+        await until(lambda: setup.plugin.connected == 5)
+        await until(lambda: len(loads(setup)) == 2)
+
+
+@pytest.mark.parametrize("processes", [0, -1, "2", 1.5, True, 10_000])
+async def test_a_number_of_processes_that_is_none(plugin: FakePlugin, processes: object) -> None:
+    plugin.capabilities["processes"] = processes
+    async with in_front_of(plugin) as setup:
+        assert await setup.uses_plain_chunks()
+
+
+@pytest.mark.parametrize("greeting", ["{", "[]", "{}", '{"op": "hello"}', b"\x01"])
+async def test_a_greeting_that_is_none(plugin: FakePlugin, monkeypatch: pytest.MonkeyPatch, greeting: Any) -> None:
+    plugin.capabilities["processes"] = 2
+    monkeypatch.setattr(plugin, "greeting", lambda _instance: greeting)
+    async with in_front_of(plugin) as setup:
+        assert await setup.uses_plain_chunks()
+        await until(lambda: plugin.connections == 0)
+
+
+async def test_of_an_engine_with_one_process_nothing_more_is_asked(setup: Setup) -> None:
+    assert setup.plugin.asked[-1][0] == "/v1/penstock/streams?frames=1"
+    assert setup.plugin.connected == 1

@@ -15,12 +15,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
+from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = ROOT / "examples" / "tiny_vllm" / "serve.py"
@@ -93,11 +94,19 @@ class Engine:
     model = "tiny"
     parsed_model = "tiny-parsed"
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, unix_socket: Path | None = None) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        port: int,
+        log: Path,
+        unix_socket: Path | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.unix_socket = unix_socket
         """Where it listens instead, if it was started with `--uds`."""
         self.log = log
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._process = process
         self._tokens: Tokens | None = None
 
@@ -153,10 +162,18 @@ class Engine:
 
     def kill_core(self) -> None:
         """End the engine core only: the API server lives on for a moment and reports to its clients."""
-        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                if Path(f"/proc/{child}/comm").read_text().startswith("VLLM::EngineCor"):
-                    os.kill(int(child), signal.SIGKILL)
+        for child in self._children("VLLM::EngineCor"):
+            os.kill(child, signal.SIGKILL)
+
+    def kill_api_server(self) -> None:
+        """End one of several API server processes."""
+        os.kill(self._children("VLLM::APIServer")[0], signal.SIGKILL)
+
+    def _children(self, name: str) -> list[int]:
+        """Child processes by the beginning of their name."""
+        lists = [listed.read_text() for listed in Path(f"/proc/{self._process.pid}/task").glob("*/children")]
+        pids = [int(child) for listed in lists for child in listed.split()]
+        return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith(name)]
 
     def stop(self) -> None:
         """Ask the engine to end, wait, then insist."""
@@ -179,18 +196,18 @@ class Engine:
 
     def _get(self, path: str) -> bytes:
         if self.unix_socket is not None:
-            return _get_over(self.unix_socket, path)
-        with urlopen(self.url + path, timeout=10) as response:
+            return _get_over(self.unix_socket, path, self._headers)
+        with urlopen(Request(self.url + path, headers=self._headers), timeout=10) as response:
             content: bytes = response.read()
         return content
 
 
-def _get_over(unix_socket: Path, path: str) -> bytes:
+def _get_over(unix_socket: Path, path: str, headers: Mapping[str, str]) -> bytes:
     connection = HTTPConnection("vllm", timeout=10)
     connection.sock = socket.socket(socket.AF_UNIX)
     try:
         connection.sock.connect(str(unix_socket))
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         return connection.getresponse().read()
     finally:
         connection.close()
@@ -215,15 +232,23 @@ def running_engine(*arguments: str, environment: Mapping[str, str] | None = None
     Raises EngineUnavailable, with the end of its log, when it does not come up. One engine runs at a time on
     a checkout: a second caller waits for the first. An engine never outlives the process that started it.
     """
+    with running_engines(*arguments, environments=[environment or {}]) as [engine]:
+        yield engine
+
+
+@contextmanager
+def running_engines(*arguments: str, environments: Sequence[Mapping[str, str]]) -> Iterator[list[Engine]]:
+    """The same for several that must run at once: one for each environment."""
     python = interpreter()
     WORK.mkdir(exist_ok=True)
-    with only_engine():
-        engine = launch(python, arguments, environment or {})
-        try:
+    with only_engine(), ExitStack() as stack:
+        engines = []
+        for number, environment in enumerate(environments):
+            engines.append(launch(python, arguments, environment, f"engine-{number}.log" if number else "engine.log"))
+            stack.callback(engines[-1].stop)
+        for engine in engines:
             wait_until_healthy(engine)
-            yield engine
-        finally:
-            engine.stop()
+        yield engines
 
 
 @contextmanager
@@ -242,9 +267,9 @@ def only_engine() -> Iterator[None]:
         yield
 
 
-def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> Engine:
+def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, str], log_name: str) -> Engine:
     port = free_port()
-    log = WORK / "engine.log"
+    log = WORK / log_name
     with log.open("wb") as output:
         process = subprocess.Popen(
             [python, SERVE, "--port", str(port), "--stop-with-stdin", *arguments],
@@ -254,8 +279,8 @@ def launch(python: Path, arguments: tuple[str, ...], environment: Mapping[str, s
             env={**os.environ, **environment},
             start_new_session=True,
         )
-    unix_socket = Path(arguments[arguments.index("--uds") + 1]) if "--uds" in arguments else None
-    return Engine(process, port, log, unix_socket)
+    said = dict(pairwise(arguments))
+    return Engine(process, port, log, Path(said["--uds"]) if "--uds" in said else None, said.get("--api-key"))
 
 
 def wait_until_healthy(engine: Engine) -> None:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class OpenedStream:
     request: Json
     headers: Json
     family: Json
+    connection: int = -1
+    """Which of the WebSockets it was opened on, in the order in which they came."""
 
     def begin(self) -> Begin:
         return Begin(self.number, PROMPT_TOKENS, CACHED_TOKENS, ())
@@ -118,6 +121,8 @@ class FakePlugin:
     asked: list[tuple[str, Json]] = field(default_factory=list)
     """Path with query, and headers, of every request to a route of the plugin."""
     plain_requests: Callable[[], int] = lambda: 0
+    instances: Iterator[str] = field(default_factory=lambda: repeat("fake"))
+    """The processes that take one WebSocket after the other."""
     _sockets: list[web.WebSocketResponse] = field(default_factory=list)
     is_deaf: bool = False
     """Reads nothing from its WebSocket, not even a goodbye."""
@@ -156,20 +161,20 @@ class FakePlugin:
         await until(lambda: len(self.opens) >= count)
         return self.opens
 
-    async def send(self, *records: Record) -> None:
-        """One message, to the sidecar that connected last."""
-        await self.send_raw(write(records))
+    async def send(self, *records: Record, to: int = -1) -> None:
+        """One message, on the connection that was opened last, or on another."""
+        await self.send_raw(write(records), to)
 
-    async def send_raw(self, data: bytes | str) -> None:
-        socket = self._sockets[-1]
+    async def send_raw(self, data: bytes | str, to: int = -1) -> None:
+        socket = self._sockets[to]
         await (socket.send_str(data) if isinstance(data, str) else socket.send_bytes(data))
 
     async def refuse(self, stream: OpenedStream, status: Any, body: Any) -> None:
         await self.send_raw(json.dumps({"op": "refused", "stream": stream.number, "status": status, "body": body}))
 
-    def drop(self) -> None:
-        """Breaks the connections without a goodbye."""
-        for socket in self._sockets:
+    def drop(self, connection: int | None = None) -> None:
+        """Breaks one of the connections, or all, without a goodbye."""
+        for socket in self._sockets if connection is None else [self._sockets[connection]]:
             if not socket.closed and (transport := _transport(socket)) is not None:
                 transport.abort()
 
@@ -189,17 +194,24 @@ class FakePlugin:
             await silence()
         socket = web.WebSocketResponse(autoclose=not self.is_deaf, max_msg_size=0)
         await socket.prepare(request)
+        number, instance = len(self._sockets), next(self.instances)
         self._sockets.append(socket)
         if self.is_deaf:
             await silence()
+        if request.query.get("hello") == "1":
+            greeting = self.greeting(instance)
+            await (socket.send_str(greeting) if isinstance(greeting, str) else socket.send_bytes(greeting))
         async for message in socket:
             if message.type is WSMsgType.TEXT:
-                self._obey(json.loads(message.data))
+                self._obey(json.loads(message.data), number)
         return socket
 
-    def _obey(self, told: Json) -> None:
+    def greeting(self, instance: str) -> str | bytes:
+        return json.dumps({"op": "hello", "instance": instance})
+
+    def _obey(self, told: Json, connection: int) -> None:
         if told.pop("op") == "open":
-            self.opens.append(OpenedStream(told.pop("stream"), **told))
+            self.opens.append(OpenedStream(told.pop("stream"), **told, connection=connection))
         else:
             self.aborts.append(told["stream"])
 

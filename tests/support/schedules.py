@@ -1,4 +1,5 @@
-"""The grammar stop under every way to schedule, in vLLM's own engine: speculation, preemption, chunked prefill.
+"""The grammar stop and the output tap under every way to schedule, in vLLM's own engine: speculation, preemption,
+chunked prefill.
 
     .venv-vllm/bin/python tests/support/schedules.py SCHEDULE
 
@@ -23,6 +24,12 @@ os.environ.update(serve.ENVIRONMENT, VLLM_PLUGINS="penstock", VLLM_ENABLE_V1_MUL
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.sampling_params import StructuredOutputsParams  # noqa: E402
 
+from penstock.core.frames import Tokens, read_message  # noqa: E402
+from penstock_vllm import frames, tap  # noqa: E402
+from penstock_vllm.channels import Table  # noqa: E402
+from penstock_vllm.streams import Stream  # noqa: E402
+from penstock_vllm.vocabulary import TokenizerVocabulary, fast_tokenizer  # noqa: E402
+
 NGRAMS = {
     "method": "ngram",
     "num_speculative_tokens": 4,
@@ -36,6 +43,39 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "asynchronous": {"async_scheduling": True, **TIGHT},
 }
 LENGTHS = (3, 40, 80, 120, 5, 60, 100, 9, 33, 64)
+
+
+class Listener:
+    """What a sidecar would hear of one request, and nothing that makes it wait."""
+
+    waiting_bytes = 0
+
+    def __init__(self) -> None:
+        self.records: list[bytes] = []
+        self.put = self.records.append
+
+    def commit(self) -> None:
+        """There is nobody to send to."""
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """The ids of each step."""
+        told = read_message(frames.message(self.records))
+        return [record.ids for record in told if isinstance(record, Tokens)]
+
+
+def listen(engine: LLM, requests: int) -> list[Listener]:
+    """To the first `requests` of an engine, which it calls by their numbers."""
+    if problem := tap.install():
+        raise SystemExit(problem)
+    tokenizer = fast_tokenizer(engine.get_tokenizer())
+    assert tokenizer is not None
+    family = {"start": "answer", "states": {"answer": {"channel": "answer", "on": {}}}}
+    table = Table(family, TokenizerVocabulary(tokenizer))
+    listeners = [Listener() for _ in range(requests)]
+    for number, listener in enumerate(listeners):
+        box: Any = listener
+        tap.OPEN_STREAMS.add(str(number), Stream(number + 1, box, table, lambda: None))
+    return listeners
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +97,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         )
         for length in LENGTHS
     ]
+    listeners = listen(engine, len(LENGTHS))
     outputs = [output.outputs[0] for output in engine.generate(prompts, wanted, use_tqdm=False)]
+    heard = [listener.runs() for listener in listeners]
     metrics = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
     # Room is given back whole: a second round is served as the first.
     again = [output.outputs[0].text for output in engine.generate(prompts, wanted, use_tqdm=False)]
@@ -65,6 +107,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "lengths": LENGTHS,
         "texts": [output.text for output in outputs],
         "tokens": [len(output.token_ids) for output in outputs],
+        "tokens that were not heard as they were said": [
+            number
+            for number, (output, runs) in enumerate(zip(outputs, heard, strict=True))
+            if [token for run in runs for token in run] != list(output.token_ids)
+        ],
+        "longest run": max(len(run) for runs in heard for run in runs[:-1]),
         "reasons": sorted({f"{output.finish_reason} {output.stop_reason}" for output in outputs}),
         "same again": again == [output.text for output in outputs],
         "preemptions": metrics.get("vllm:num_preemptions"),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
+from random import SystemRandom
 from typing import Any, TypeVar
 
 from hypothesis import settings
@@ -35,6 +36,14 @@ def thorough(examples: int) -> Callable[[Callable[..., None]], Callable[..., Non
     """So many examples in every run, and twenty times as many in a soak."""
     soaks = settings.get_current_profile_name() == "soak"
     return settings(max_examples=examples * (_SOAK_FACTOR if soaks else 1))
+
+
+def seeds(in_every_run: int, in_a_soak: int) -> range:
+    """The same in every run, others in each soak. What they make is printed where it fails, so none is asked again."""
+    if settings.get_current_profile_name() != "soak":
+        return range(in_every_run)
+    first = SystemRandom().randrange(2**32)
+    return range(first, first + in_a_soak)
 
 
 # --- Calls ----------------------------------------------------------------------------------------
