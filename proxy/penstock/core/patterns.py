@@ -6,7 +6,7 @@ the exact spans on the rare hit. Rules see folded text (`folding.py`), so their 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
@@ -34,7 +34,9 @@ _AFTER_ASCII: Final = f"(?![{_WORD}])"
 # A repetition longer than this gets an expression of its own where the beginnings of a match are looked for.
 _LONG: Final = 16
 # One space of a literal: a line break or a doubled space must not let it through.
-_LITERAL_SPACE: Final = "[ \\t\\r\\n]{1,3}"
+_LITERAL_SPACE: Final = "[ \\t-\\r]{1,3}"
+# What has another fold stands below this, but for tags, which fold away.
+_LAST_FOLDED: Final = 0x2FFFF
 
 
 class PatternError(ValueError):
@@ -63,8 +65,10 @@ def regex_pattern(regex: str, *, ignore_case: bool, most_chars: int) -> Pattern:
     """Raises `PatternError` for what cannot be found in a stream with a bounded hold, or in linear time."""
     try:
         tree = _parser.parse(regex)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise PatternError(f"is no regular expression: {error}") from None
+    except RecursionError:
+        raise PatternError("is nested too deeply") from None
     flags = tree.state.flags
     if flags & ~_ALLOWED_FLAGS:
         raise PatternError("sets a flag that rules cannot have; only (?i), (?s) and (?x) at the start are possible")
@@ -167,7 +171,7 @@ class _Writer:
         if op is _codes.LITERAL:
             return [(op, ord(letter)) for letter in fold(chr(value))]
         if op is _codes.IN:
-            return [(op, [self._fold_member(member) for member in value])]
+            return [self._fold_set(value, is_repeated=False)]
         if op is _codes.SUBPATTERN:
             _, added, removed, inner = value
             if added or removed:
@@ -177,16 +181,30 @@ class _Writer:
             return [(op, (None, [self.folded(branch) for branch in value[1]]))]
         if op in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
             low, high, inner = value
-            return [(_codes.MAX_REPEAT, (low, high, self.folded(inner)))]
+            is_set = len(inner) == 1 and inner[0][0] is _codes.IN
+            folded = [self._fold_set(inner[0][1], is_repeated=high > 1)] if is_set else self.folded(inner)
+            return [(_codes.MAX_REPEAT, (low, high, folded))]
         if op in (_codes.ANY, _codes.NOT_LITERAL):
             return [node]
         raise PatternError(_refusals().get(op, f"uses {op}, which rules cannot have"))
 
-    @staticmethod
-    def _fold_member(member: Any) -> Any:
-        op, value = member
-        letters = fold(chr(value)) if op is _codes.LITERAL else ""
-        return (op, ord(letters)) if len(letters) == 1 else member
+    def _fold_set(self, members: Sequence[Any], *, is_repeated: bool) -> Any:
+        """Also what its members look like in folded text; one that becomes two letters stands beside the set.
+
+        Where the set is repeated, two letters that are in it need no place of their own.
+        """
+        folds = {folded for code in _codes_of(members) if (folded := fold(chr(code))) != chr(code)}
+        singles = [(_codes.LITERAL, ord(letters)) for letters in sorted(folds) if len(letters) == 1]
+        one = (_codes.IN, [*members, *(single for single in singles if single not in members)])
+        if (_codes.NEGATE, None) in members:
+            return one
+        ranges = self._ranges(one)
+        more = [
+            [(_codes.LITERAL, ord(letter)) for letter in letters]
+            for letters in sorted(folds)
+            if len(letters) > 1 and not (is_repeated and all(_is_in(letter, ranges) for letter in letters))
+        ]
+        return (_codes.BRANCH, (None, [[one], *more])) if more else one
 
     def width(self, nodes: Sequence[Any]) -> tuple[int, int]:
         least = most = 0
@@ -333,6 +351,19 @@ def _member(member: Any) -> str:
     if op is _codes.RANGE:
         return f"{_escaped(value[0])}-{_escaped(value[1])}"
     return _CATEGORIES[value]
+
+
+def _codes_of(members: Sequence[Any]) -> Iterator[int]:
+    """The letters beyond ASCII that a set names."""
+    for op, value in members:
+        if op is _codes.RANGE:
+            yield from range(max(value[0], 128), min(value[1], _LAST_FOLDED) + 1)
+        elif op is _codes.LITERAL and value > 127:
+            yield value
+
+
+def _is_in(letter: str, ranges: list[tuple[int, int]]) -> bool:
+    return any(low <= ord(letter) <= high for low, high in ranges)
 
 
 def _category_ranges(category: Any) -> list[tuple[int, int]]:

@@ -52,8 +52,9 @@ class Span:
 class Scan:
     """What the rules say about a text. `held` and `kept` are lengths of ends of it.
 
-    The last `held` characters may yet become part of a match that is cut out, the last `kept` of any match. Where a
-    rule halts, the text counts as ending with the halting match, and nothing from `stop` on may go out.
+    The last `held` characters may yet become part of a match that is cut out, the last `kept` of any match, if more
+    text follows. Where a rule halts, the text counts as ending with the halting match, and nothing from `stop` on may
+    go out.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -143,7 +144,7 @@ class Scanner:
         hits = {place for place in found[1:] if self._all or place in self._places} if len(found) > 1 else None
         if not (kept or hits):
             return None
-        scan = Scan(held=0 if whole else held, kept=kept)
+        scan = Scan(held=held, kept=kept)
         if hits:
             self._judge(scan, text, sorted(hits), first, whole)
         return scan
