@@ -321,5 +321,5 @@ class Verdicts:
                 item.valid, item.status, item.arguments = False, "incomplete", "".join(told)
                 item.problem = item.problem or "moderation stopped the answer"
                 out.append(item)
-        elif isinstance(item, EngineUsage | Withheld):
+        elif isinstance(item, EngineUsage | Withheld) or (isinstance(item, Moderated) and item.action == "halt"):
             out.append(item)
