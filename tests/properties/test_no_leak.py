@@ -24,6 +24,7 @@ from penstock.core.checksums import CHECKS
 from penstock.core.commands import NoteIntervention
 from penstock.core.events import Channel, Event, Finished, Moderated, Text, Withheld
 from penstock.core.moderation import Moderation
+from penstock.core.rules import Policy
 from penstock.core.signals import ClientBacklog, EngineAnswered
 from penstock.shell.rulebook import shipped_packs
 from support import chunks
@@ -37,7 +38,7 @@ SHARDS = range(10 if SOAKS else 1)
 # Of each shard: texts through the step alone, disguised ones, and whole streams in all dialects.
 CASES = 100_000 if SOAKS else 1_500
 DISGUISED = 20_000 if SOAKS else 400
-STREAMS = 300 if SOAKS else 12
+STREAMS = 500 if SOAKS else 12
 PACKS = ROOT / "proxy" / "penstock" / "packs"
 
 # One real-looking match for each shipped rule; a rule without one fails the first test.
@@ -102,6 +103,11 @@ def rules() -> list[dict[str, Any]]:
 
 
 @cache
+def chosen() -> Policy:
+    return policy(*rules())
+
+
+@cache
 def oracle() -> list[tuple[re.Pattern[str], Any]]:
     found = []
     for rule in rules():
@@ -140,7 +146,7 @@ def is_match(pattern: re.Pattern[str], text: str, start: int, end: int) -> bool:
 
 def moderated(pieces: list[str]) -> tuple[str, list[tuple[Any, ...]]]:
     """What a client is sent of an answer in these pieces, and what it is told about it."""
-    step = Moderation(policy(*rules()), most_held=4096)
+    step = Moderation(chosen(), most_held=4096)
     out: list[Event] = []
     for piece in pieces:
         out += step.feed([Text(0, Channel.ANSWER, piece, 1)])
@@ -345,7 +351,7 @@ def lagging(steps: list[Step], source: random.Random) -> list[Step]:
 
 def wires(one: Said, source: random.Random) -> Iterator[tuple[str, bytes, dict[str, str]]]:
     """The same answer in every dialect, streamed and not, also to a client that lags: its bytes, and what they say."""
-    setting: dict[str, Any] = {"policy": policy(*rules())}
+    setting: dict[str, Any] = {"policy": chosen()}
     body = ask(tools=["tell"])
     for dialect in ("sse", "ndjson"):
         for name, steps in ((dialect, one.streamed), (f"lagging {dialect}", lagging(one.streamed, source))):
@@ -436,9 +442,9 @@ def test_an_answer_that_is_not_streamed_gets_the_same_verdicts(cutting: int) -> 
     source = random.Random(f"verdicts {cutting}")
     for _ in range(STREAMS):
         text = planted(source)
-        streamed = play(None, chunks.answer_of(cut_at_random(text, source, cutting)), policy=policy(*rules()))
+        streamed = play(None, chunks.answer_of(cut_at_random(text, source, cutting)), policy=chosen())
         answered = EngineAnswered(chunks.whole({"content": text}), STARTED)
-        whole = play(None, [answered], policy=policy(*rules()), dialect="chat_whole")
+        whole = play(None, [answered], policy=chosen(), dialect="chat_whole")
         assert noted(streamed) == noted(whole)
         assert of_events_text(streamed.events) == (whole.body["choices"][0]["message"]["content"] or "")
 
