@@ -296,6 +296,8 @@ VARIANTS = {
     "sharp s in the rule": ("Straße", "STRASSE"),
     "dotted capital": ("istanbul", "İSTANBUL"),
     "final sigma": ("σοφος", "ΣΟΦΟΣ"),
+    "georgian": ("თბილისი", "ᲗᲑᲘᲚᲘᲡᲘ"),
+    "cherokee": ("ᏣᎳᎩ", "ꮳꮃꭹ"),
     "kelvin": ("kilo", "\u212ailo"),
     "long s": ("sure", "\u017fure"),
     "stroke": ("prøject", "PROJECT"),
@@ -322,6 +324,31 @@ def test_a_variant_is_found_however_it_is_cut(rule: str, text: str) -> None:
     chosen = policy({"id": "r", "literal": rule})
     for pieces in ([f"a: {text} z"], list(f"a: {text} z"), [f"a: {text[:2]}", f"{text[2:]} z"]):
         assert said(play(None, answer_of(pieces), policy=chosen)) == "a: [redacted] z"
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "shown"),
+    [
+        ("C++", "use C++ or C++11, not XC++", "use [redacted] or C++11, not XC++"),
+        ("-rf", "rm -rf / and a-rf", "rm [redacted] / and a-rf"),
+        ("机密", "这是机密x文件机密", "这是[redacted]x文件[redacted]"),
+        ("слово", "слово, словом", "[redacted], словом"),
+    ],
+)
+@pytest.mark.parametrize("action", ["redact", "halt"])
+def test_whole_words_of_signs_and_of_other_scripts(word: str, text: str, shown: str, action: str) -> None:
+    chosen = policy({"id": "r", "words": [word, "other", "机会", "С++"], "action": action})
+    for pieces in ([text], list(text)):
+        outcome = play(None, answer_of(pieces), policy=chosen)
+        assert said(outcome) == (shown if action == "redact" else shown.partition("[")[0])
+
+
+@pytest.mark.parametrize("pieces", [["see key=abc12345 now"], list("see key=abc12345 now")])
+def test_a_flag_lets_out_nothing_that_another_rule_redacts(pieces: list[str]) -> None:
+    rules = [{"id": "seen", "regex": "key=[a-z0-9]{3,9}", "action": "flag"}, {"id": "key", "regex": "[a-z]{3}[0-9]{5}"}]
+    outcome = play(None, answer_of(pieces), policy=policy(*rules))
+    assert said(outcome) == "see key=[redacted] now"
+    assert sorted(event["rule"] for event in outcome.all_of("moderation")) == ["key", "seen"]
 
 
 @pytest.mark.parametrize("text", ["Zephуr", "Ζephyr", "Ze.phyr", "Z e p h y r", "WmVwaHly", "rypheZ"])

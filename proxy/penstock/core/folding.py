@@ -20,7 +20,7 @@ _INVISIBLE: Final = frozenset(
 )
 # What Unicode does not take apart: strokes, dashes, blanks that are no spaces.
 _OWN: Final = dict(
-    [*zip("ıİøØłŁđĐħĦŧŦɨƗƀɍ", "iIoOlLdDhHtTiIbr", strict=True)]
+    [*zip("ıİøØłŁđĐħĦŧŦɨƗƀɃɍɌ", "iIoOlLdDhHtTiIbBrR", strict=True)]
     + [("ß", "ss"), ("ẞ", "SS"), ("æ", "ae"), ("Æ", "AE"), ("œ", "oe"), ("Œ", "OE")]
     + [(dash, "-") for dash in "‐‑‒–−﹘"]
     + [("\u2800", " "), ("\x85", "\n"), ("\u2028", "\n"), ("\u2029", "\n")]

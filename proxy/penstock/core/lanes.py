@@ -157,7 +157,8 @@ class Lane:
             if span.rule.action != "flag":
                 cursor = self._redact(span.rule, start, end, cursor, out)
             elif start < kept or whole:  # else it may still grow
-                cursor = self._flag(span.rule, start, end, cursor, min(end, free), out)
+                cuts = (view.start(s.start) for s in spans if s.rule.action != "flag" and view.end(s.end) > cursor)
+                cursor = self._flag(span.rule, start, end, cursor, min(end, free, *cuts), out)
         if free > cursor:
             self._say(cursor, free, out)
             cursor = free

@@ -143,7 +143,7 @@ def _digest(rules: list[Rule]) -> str:
         (
             rule.id, rule.action, rule.category, rule.placeholder, sorted(rule.channels), rule.models, rule.keys,
             rule.check.__name__ if rule.check else None, rule.pattern.forward, rule.pattern.ignore_case,
-            rule.pattern.confirm.pattern,
+            [reading.expression.pattern for reading in rule.pattern.readings],
         )
         for rule in rules
     ]  # fmt: skip
