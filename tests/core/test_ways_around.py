@@ -388,6 +388,15 @@ def test_invisible_text_does_not_pile_up(action: str, start: str) -> None:
     assert (step.halted is not None) is (action == "redact" and start == "Proj")
 
 
+def test_the_bill_of_a_halt() -> None:
+    """Tokens go with the text that they cost: what is withheld is generated and billed, and not delivered."""
+    pieces = [content(text, tokens=n) for n, text in enumerate(["See ", "it: ", "TKT-", "123", "456", "!"], 1)]
+    outcome = play(None, [role(), *pieces], policy=policy(TICKET))
+    usage = outcome.usage()
+    assert (usage["completion_tokens"], usage["delivered_tokens"], usage["answer_tokens"]) == (5, 2, 2)
+    assert usage["bytes"] == {**dict.fromkeys(usage["bytes"], 0), "generated": 18, "delivered": 8, "moderation": 10}
+
+
 # --- The longest match ----------------------------------------------------------------------------
 
 

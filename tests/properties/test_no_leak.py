@@ -371,6 +371,9 @@ def of_events(events: list[dict[str, Any]]) -> dict[str, str]:
     for event in events:
         if event["type"] in told:
             told[event["type"]] += event["text"]
+    for event in (event for event in events if event["type"] == "moderation"):
+        block = "".join(e["text"] for e in events if e.get("block") == event["block"] and e["type"] in told)
+        assert block[event["offset"] : event["offset"] + event["length"]] == PLACEHOLDER
     reasoning, answer, arguments = told.values()
     assert [event["arguments"] for event in events if event["type"] == "tool_call.end"] == [arguments]
     ready = [event["arguments"] for event in events if event["type"] == "tool_call.ready"]

@@ -1,15 +1,19 @@
 """Moderation over real connections: settings, halts that reach the engine, rules that change while it runs."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from openai import ContentFilterFinishReasonError
 
 from penstock.moderation_settings import ModerationSettings
 from penstock.settings import SettingsError, load_settings
+from penstock.shell.replay import serving
 from penstock.shell.rulebook import Rulekeeper, load_rulebook
-from support import chunks
+from support import chunks, openai_client
 from support.sockets import until
 from support.upstreams import engine_app, in_front_of, opened, saying, silence
 
@@ -68,6 +72,53 @@ async def test_rules_are_read_again_without_a_restart(tmp_path: Path) -> None:
                 break
             await asyncio.sleep(0.02)
         assert answer.text() == "alpha [redacted]"
+
+
+@pytest.mark.parametrize("ask", [openai_client.complete, openai_client.stream, openai_client.final_completion])
+@pytest.mark.parametrize("cause", ["rule", "classifier"])
+async def test_the_openai_sdk_sees_content_filter(ask: Any, cause: str) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if (await request.json()).get("stream"):
+            return await saying(*chunks.answer_of(["See ", "TKT-123456", "!"]))(request)
+        return web.Response(body=chunks.whole({"content": "See TKT-123456!"}), content_type="application/json")
+
+    async def judge(request: web.Request) -> web.Response:
+        flagged = "TKT" in (await request.json())["input"]
+        return web.json_response({"results": [{"flagged": flagged, "categories": {}}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/judge", judge)])
+    async with serving(app) as url:
+        classifier = {"url": f"{url}/judge", "mode": "gate", "timeout_ms": 20000}
+        moderation = {"rules": RULES} if cause == "rule" else {"classifiers": [classifier]}
+        async with in_front_of(engine_app(answer)[0], moderation=moderation) as setup:
+            request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+            if ask is openai_client.final_completion:  # the SDK's own word for it
+                with pytest.raises(ContentFilterFinishReasonError):
+                    await ask(setup.sidecar.url, "async", request)
+                return
+            said = await ask(setup.sidecar.url, "async", request)
+    [choice] = said["choices"]
+    assert choice["finish_reason"] == "content_filter"
+    told = choice.get("message") or choice.get("delta")
+    assert told.get("content", "") == ("See " if cause == "rule" else "")
+
+
+async def test_the_bill_of_a_halted_stream_counts_what_was_generated_and_what_was_sent(tmp_path: Path) -> None:
+    """Billed are the prompt and all tokens until the halt. The tokens of one read go with its last letter."""
+    pieces = [chunks.content(text, tokens=n) for n, text in enumerate(["See ", "TKT-", "123", "456", "!"], 1)]
+    path = tmp_path / "usage.jsonl"
+    engine, _ = engine_app(saying(*chunks.answer(*pieces)))
+    async with in_front_of(engine, moderation__rules=RULES, usage__file={"path": str(path)}) as setup:
+        answer = await setup.caller.stream()
+    [record] = [json.loads(line) for line in (await asyncio.to_thread(path.read_text)).splitlines()]
+    usage = answer.usage
+    assert usage["delivered_tokens"] <= 1
+    assert usage["bytes"]["delivered"] == len("See ")
+    assert usage["bytes"]["generated"] == usage["bytes"]["delivered"] + usage["bytes"]["moderation"]
+    assert (record["ending"], record["delivered_tokens"]) == ("halted", usage["delivered_tokens"])
+    assert record["billed_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens"] >= 4
 
 
 WRONG_FILES = {

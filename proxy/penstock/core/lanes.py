@@ -231,8 +231,8 @@ class Lane:
         start, end = view.last_before(place)
         if self._is_json:
             self._in_string = ends_in_string(self._window[:start], begins_in_string=self._in_string)
-        self._base += place - (end - start)
-        self._window = self._window[start:end] + self._window[place:]
+        self._base += place - end + start
+        self._window = self._window[start:] if end == place else self._window[start:end] + self._window[place:]
         self._has_context = end > start
 
     def _note(self, rule: str, action: str, category: str, start: int, text: str) -> None:
@@ -248,7 +248,7 @@ class Lane:
         self._note("hold_limit", "halt", "evasion", start, self._window[start:])
         message = (
             f"more than {self._owner.most_held} characters would have to be held (moderation.hold_chars): invisible "
-            "characters pad what may become a match"
+            "characters or escapes pad what may become a match"
         )
         self._stop("hold_limit", "evasion", message, out)
 
