@@ -206,9 +206,9 @@ def test_the_three_ways_to_show_reasoning(
 def test_inlined_reasoning_is_marked_as_such() -> None:
     inlined = [event for event in split(["<think>a</think>b"], policy="inline") if isinstance(event, Text)]
     assert [(event.text, event.added, event.inlined) for event in inlined] == [
-        ("<think>", True, False),
+        ("<think>", True, True),
         ("a", False, True),
-        ("</think>", True, False),
+        ("</think>", True, True),
         ("b", False, False),
     ]
 

@@ -9,7 +9,7 @@ from penstock.core.citations import CitationPattern
 from penstock.core.commands import Ending, NoteIntervention
 from penstock.core.events import Intervention
 from penstock.core.schemas import schema_of
-from penstock.core.signals import Cancelled, EngineAnswered
+from penstock.core.signals import Cancelled, ClockTicked, Draining, EngineAnswered, EngineClosed
 from penstock.core.tool_policy import ToolRule
 from support.chunks import answer, answer_of, content, finish, reasoning, role, tool, whole
 from support.moderating import policy
@@ -58,10 +58,26 @@ def test_text_goes_out_the_moment_it_can_no_longer_match() -> None:
     assert [event["text"] for event in outcome.all_of("delta.text")] == ["The ", "Project Zebra"]
 
 
-def test_what_is_held_when_the_stream_ends_was_no_match_and_goes_out() -> None:
-    assert said(stream("It is Project Zep", rules=[CODENAME])) == "It is Project Zep"
-    cancelled = play(None, [role(), content("Project Z"), Cancelled(NOW)], policy=policy(CODENAME))
-    assert said(cancelled) == "Project Z"
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_what_is_held_when_the_answer_ends_was_no_match_and_goes_out(reason: str) -> None:
+    steps = answer(content("It is Project Zep"), reason=reason)
+    assert said(play(None, steps, policy=policy(CODENAME))) == "It is Project Zep"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [Cancelled(NOW), EngineClosed(None, NOW), Draining(NOW), ClockTicked(NOW + 601)],
+    ids=lambda s: type(s).__name__,
+)
+def test_what_is_held_when_the_stream_breaks_stays_back_since_another_may_go_on_from_there(end: Any) -> None:
+    key = {"id": "key", "regex": "sk-[0-9a-z]{4,32}"}
+    broken = play(None, [role(), content("a b Project Z"), end], policy=policy(CODENAME, key))
+    assert said(broken) == "a b "
+    assert broken.record.usage.sizes["moderation"] == len("Project Z")
+    assert notes(broken) == []
+    whole = play(None, [role(), content("a b sk-abcd1"), end], policy=policy(CODENAME, key))
+    assert said(whole) == "a b "
+    assert [note.text for note in notes(whole)] == ["sk-abcd1"]
 
 
 def test_a_match_that_can_still_grow_is_swallowed_whole() -> None:

@@ -205,6 +205,7 @@ def test_a_bare_request() -> None:
         text_bytes=0,
         audit_timeline=False,
         audit_masks=False,
+        begun_text="",
         last_user_text="",
         wants_json=False,
         tool_release=None,

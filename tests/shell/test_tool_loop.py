@@ -40,6 +40,21 @@ async def streamed(setup: Setup, **request: Any) -> Answer:
     return await setup.caller.stream(NDJSON, tools=[COUNT], **request)
 
 
+@pytest.mark.parametrize(("action", "reason"), [("redact", "stop"), ("halt", "content_filter")])
+async def test_what_is_shown_of_a_result_is_moderated(action: str, reason: str) -> None:
+    rule = {"id": "seven", "literal": '"n": 7', "action": action}
+    async with running(
+        CountingService(), Model(*ONCE), tools__loop__show_results=True, moderation__rules=[rule]
+    ) as setup:
+        answer = await streamed(setup)
+    assert [event["action"] for event in answer.of("moderation")] == [action]
+    assert [event["content"] for event in answer.of("tool_call.result")] == (
+        ["{[redacted]}"] if action == "redact" else []
+    )
+    assert answer.finish()["reason"] == reason
+    assert b'n\\": 7' not in answer.body
+
+
 async def test_a_call_is_run_and_the_answer_goes_on_in_the_same_stream() -> None:
     service, model = CountingService(), Model(*ONCE)
     async with running(service, model, tools__loop__show_results=True) as setup:

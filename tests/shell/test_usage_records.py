@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
 
 from penstock.access_settings import UsageFile, UsageSettings
 from penstock.settings import SettingsError
 from penstock.shell import usage_records
 from penstock.shell.auth import hash_key
 from penstock.shell.ledgers import connected
-from penstock.shell.replay import serving
 from penstock.shell.usage_records import FileSink, UsageRecord, UsageRecords
 from support import chunks
 from support.http_client import chat
@@ -241,31 +239,21 @@ async def test_records_go_to_a_redis_stream(tmp_path: Path) -> None:
 
 async def test_records_are_otlp_logs_in_the_trace_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconciled: the record and the span have the same ids, the same stream and the same tokens."""
-    logs: list[Any] = []
-
-    async def take(request: web.Request) -> web.Response:
-        exported = ExportLogsServiceRequest.FromString(await request.read())
-        logs.extend(log for r in exported.resource_logs for scope in r.scope_logs for log in scope.log_records)
-        return web.Response(body=ExportLogsServiceResponse().SerializeToString(), content_type="application/x-protobuf")
-
-    collector = web.Application()
-    collector.router.add_post("/v1/logs", take)
     app, _ = engine_app(saying(*ANSWER, chunks.DONE))
-    async with receiving() as traces, serving(collector) as url:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{traces.url}/v1/traces")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", f"{url}/v1/logs")
+    async with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         async with in_front_of(app, usage__otlp=True, **KEYS) as setup:
             answer = await setup.caller.stream(headers=ALICE)
-    [log] = logs
-    told = {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in log.attributes}
-    span = traces.of_kind(SERVER)
-    assert (log.trace_id.hex(), log.span_id.hex(), log.event_name) == (span.trace_id, span.span_id, "penstock.usage")
+    [log] = receiver.logs
+    told = log.attributes
+    span = receiver.of_kind(SERVER)
+    assert (log.trace_id, log.span_id, log.event_name) == (span.trace_id, span.span_id, "penstock.usage")
     assert told["penstock.usage.stream_id"] == span.attributes["penstock.stream.id"] == answer.headers["X-Stream-Id"]
     assert told["penstock.usage.principal"] == "alice"
     assert told["penstock.usage.billed_tokens"] == 30
-    [client] = [other for other in traces.spans if other.kind != SERVER]
+    [client] = [other for other in receiver.spans if other.kind != SERVER]
     assert told["penstock.usage.completion_tokens"] == client.attributes["gen_ai.usage.output_tokens"] == 20
-    assert log.time_unix_nano > 0
+    assert log.nanoseconds > 0
 
 
 def test_a_redis_stream_needs_a_redis(caplog: pytest.LogCaptureFixture) -> None:

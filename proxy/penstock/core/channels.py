@@ -220,7 +220,7 @@ class _ChoiceChannels:
             return
         if self._policy == "inline" and not self._inline_open:
             self._inline_open = True
-            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[0], added=True))
+            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[0], added=True, inlined=True))
         item.inlined = self._policy == "inline"
         item.channel = Channel.ANSWER if item.inlined else Channel.REASONING
         self._extras.give(item)
@@ -229,7 +229,7 @@ class _ChoiceChannels:
     def _close_inline(self, out: list[Event]) -> None:
         if self._inline_open:
             self._inline_open = False
-            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[1], added=True))
+            out.append(Text(self._choice, Channel.ANSWER, _INLINE_MARKS[1], added=True, inlined=True))
 
     def _interrupt(self, out: list[Event]) -> None:
         """Something that is not raw text begins: held text was no marker, and a call in the text ends here."""

@@ -54,6 +54,7 @@ def carry_on(request: StreamRequest, text: str) -> StreamRequest:
     return replace(
         request,
         engine_body=orjson.dumps(body),
+        begun_text=text,
         thinking=False,  # what is gone on with is the answer, whatever its reasoning was
         text_bytes=request.text_bytes + utf8_size(text),
         needs_engine_text="continue_final_message",

@@ -129,10 +129,10 @@ class ChatReader:
     def _chunk(self, data: bytes, out: list[Event]) -> None:
         chunk = _load(data)
         if not isinstance(chunk, dict):
-            self._fail(out, "engine_malformed", f"the engine sent a chunk that is no JSON object: {data[:80]!r}")
+            self._fail(out, "engine_malformed", "the engine sent a chunk that is no JSON object", data)
             return
         if data.count(b"[") + data.count(b"{") > _MOST_DEPTH and _is_deep(chunk):
-            self._fail(out, "engine_malformed", f"the engine sent a chunk that is nested too deeply: {data[:80]!r}")
+            self._fail(out, "engine_malformed", "the engine sent a chunk that is nested too deeply", data)
             return
         # Errors come in band, as an envelope in place of a chunk: look for it before anything else.
         if (error := _error_of(chunk)) is not None:
@@ -144,7 +144,7 @@ class ChatReader:
         except _EngineGaveUpError as fault:
             self._fail(out, f"engine_{fault}", f"the engine gave this request up (finish_reason {str(fault)!r})")
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as fault:
-            self._fail(out, "engine_malformed", f"the engine sent a chunk of another shape ({fault}): {data[:80]!r}")
+            self._fail(out, "engine_malformed", f"the engine sent a chunk of another shape ({fault})", data)
 
     def _read(self, chunk: Ext, out: list[Event]) -> None:
         if not self._opened:
@@ -180,9 +180,10 @@ class ChatReader:
         if usage := _checked(chunk.get("usage"), dict, "usage"):
             out.append(EngineUsage(usage, final=False))
 
-    def _fail(self, out: list[Event], code: str, message: str) -> None:
+    def _fail(self, out: list[Event], code: str, message: str, chunk: bytes = b"") -> None:
         self._end(out)
-        out.append(Failed(code, message, retryable=True, origin="upstream"))
+        quote = repr(chunk[:80]) if chunk else ""
+        out.append(Failed(code, message, retryable=True, origin="upstream", quote=quote))
 
 
 class _ChoiceReader:

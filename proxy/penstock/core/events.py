@@ -82,9 +82,9 @@ class Text:
     """Whole characters of one channel.
 
     `tokens` is how many tokens it cost, 0 where the engine did not say; `logprobs` the entries that the engine
-    gave for them. `added` is text that the model did not write (the marks of inlined reasoning), `inlined` the
-    reasoning between them, which is shown as answer and counted as reasoning. `section` counts the delimited sections
-    of the answer and what stands between them, each a block of its own.
+    gave for them. `added` is text that the model did not write (a placeholder, the marks of inlined reasoning),
+    `inlined` the reasoning with its marks, which is shown as answer and counted as reasoning. `section` counts the
+    delimited sections of the answer and what stands between them, each a block of its own.
     """
 
     choice: int
@@ -363,7 +363,8 @@ class Warned:
 class Failed:
     """The stream's one fatal error, as it is told to the client.
 
-    `status` is for answers that are not streams, `engine_body` the engine's own words where it has said any.
+    `status` is for answers that are not streams, `engine_body` the engine's own words where it has said any. `quote` is
+    the beginning of a chunk that could not be read, which may hold text of the answer.
     """
 
     code: str
@@ -372,6 +373,7 @@ class Failed:
     origin: str
     engine_body: Ext | None = None
     status: int = 502
+    quote: str = ""
 
 
 @dataclass(slots=True)

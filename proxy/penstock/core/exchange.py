@@ -277,7 +277,7 @@ class Exchange:
             elif isinstance(event, EngineDone):
                 done = True
             elif isinstance(event, Failed):
-                failure = event
+                failure = self._journey.fit_to_tell(event)
             else:
                 items.append(event)
         return items, done, failure
@@ -441,6 +441,8 @@ class Exchange:
         size, duration = utf8_size(signal.answer), int(signal.seconds * 1000)
         result = ToolResult(0, call_id, name, signal.problem is None, size, duration, signal.problem)
         commands = self._tell_of_tools([self._journey.loop.take(call_id, signal.answer, result)], signal.now)
+        if (halt := self._journey.halted) is not None:
+            return commands + self._end(Ending.HALTED, _told(halt), signal.now)
         if not self._journey.loop.is_answered:
             return commands
         request, told = self._journey.loop.ask_again()
@@ -448,7 +450,8 @@ class Exchange:
         return [*commands, *self._tell_of_tools(told, signal.now), AskAgain(request, self._journey.loop.round)]
 
     def _tell_of_tools(self, items: list[Event], now: float) -> list[Command]:
-        return self._send(self._journey.tell(items), now)
+        sent = self._send(self._journey.tell(items), now)
+        return self._interventions() + sent
 
     def _begin_round(self, request: StreamRequest) -> None:
         """The engine speaks anew; what the client has seen goes on."""

@@ -1,23 +1,33 @@
 """How moderation reads text: one spelling for what looks alike, with the way back to what was written.
 
-Width and style variants (NFKD), accents, zero-width and other invisible characters, digits of all scripts are folded
-away one character at a time, so that a fold of the whole is the fold of its pieces, however a stream is cut. Letters
-of other scripts that merely look Latin are not.
+Width and style variants (NFKD), marks over and strokes through letters, zero-width and other invisible characters,
+digits of all scripts are folded away one character at a time, so that a fold of the whole is the fold of its pieces,
+however a stream is cut. Letters of other scripts that merely look Latin are not.
 """
 
 import re
 import unicodedata
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Final
 
-# Accents and strokes over letters: NFKD splits them off, and people stack them to dodge a filter. Vowel signs of
-# other scripts are not here; they are part of the word.
-_ACCENTS: Final = ((0x300, 0x36F), (0x1AB0, 0x1AFF), (0x1DC0, 0x1DFF), (0x20D0, 0x20FF))
+# Canonical combining classes of marks that are written over, under or through a letter, which people stack to dodge a
+# filter. Between them are the vowel and voicing signs of other scripts, which are part of the word.
+_MARKS: Final = frozenset([1, *range(10, 37), *range(200, 241)])
 # Invisible, though not all are of Unicode's class Cf: fillers, the grapheme joiner, variation selectors, tags.
 _INVISIBLE: Final = frozenset(
     [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10)]
 )
-_OWN: Final = {"ı": "i", "İ": "I", "‐": "-", "‑": "-", "‒": "-", "–": "-", "−": "-", "﹘": "-"}
+# What Unicode does not take apart: strokes, dashes, blanks that are no spaces.
+_OWN: Final = dict(
+    [*zip("ıİøØłŁđĐħĦŧŦɨƗƀɃɍɌ", "iIoOlLdDhHtTiIbBrR", strict=True)]
+    + [("ß", "ss"), ("ẞ", "SS"), ("æ", "ae"), ("Æ", "AE"), ("œ", "oe"), ("Œ", "OE")]
+    + [(dash, "-") for dash in "‐‑‒–−﹘"]
+    + [("\u2800", " "), ("\x85", "\n"), ("\u2028", "\n"), ("\u2029", "\n")]
+)
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+# Letters in boxes and circles, each kind in the order of the alphabet.
+_BOXED: Final = (0x1F130, 0x1F150, 0x1F170, 0x1F1E6)
 _ESCAPE: Final = re.compile(
     r'\\(?:(["\\/bfnrt])|u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))'
 )
@@ -43,24 +53,34 @@ def _fold_one(letter: str) -> str:
     category = unicodedata.category(letter)
     if category == "Cf" or code in _INVISIBLE or 0xE0000 <= code < 0xE1000:
         return ""
+    if category == "Cc":
+        return letter if "\t" <= letter <= "\r" else ""
     if category == "Nd":
         return str(unicodedata.decimal(letter))
     if category == "Zs":
         return " "
-    bare = "".join(part for part in unicodedata.normalize("NFKD", letter) if not _is_accent(part))
+    for first in _BOXED:
+        if 0 <= code - first < 26:
+            return chr(ord("A") + code - first)
+    bare = "".join(part for part in unicodedata.normalize("NFKD", letter) if not _is_mark(part))
     return unicodedata.normalize("NFC", "".join(_OWN.get(part, part) for part in bare))
 
 
-def _is_accent(letter: str) -> bool:
-    return any(low <= ord(letter) <= high for low, high in _ACCENTS)
+def _is_mark(letter: str) -> bool:
+    return unicodedata.combining(letter) in _MARKS or unicodedata.category(letter) == "Me"
 
 
 _FOLDS: Final = _Folds()
 
 
 def fold(text: str) -> str:
-    """The text as rules see it. ASCII stays what it is."""
-    return text if text.isascii() else text.translate(_FOLDS)
+    """The text as rules see it. ASCII stays what it is, but for control characters, which nobody sees."""
+    return text if is_plain(text) else text.translate(_FOLDS)
+
+
+def is_plain(text: str) -> bool:
+    """Whether the text is its own fold, as nearly all text is."""
+    return text.isascii() and (text.isprintable() or _CONTROL.search(text) is None)
 
 
 @dataclass(slots=True)
@@ -82,6 +102,13 @@ class View:
             return place
         return self.starts[place] if place < len(self.starts) else self.read
 
+    def last_before(self, place: int) -> tuple[int, int]:
+        """Where the last visible character stands that begins before `place` of the original; empty if none does."""
+        if self.starts is None or self.ends is None:
+            return max(place - 1, 0), place
+        found = bisect_left(self.starts, place) - 1
+        return (self.starts[found], min(self.ends[found], place)) if found >= 0 else (0, 0)
+
     def end(self, place: int) -> int:
         """Where the character before `place` ends in the original."""
         return place if self.ends is None else self.ends[place - 1] if place else 0
@@ -102,7 +129,7 @@ def _mapped(letters: list[tuple[str, int, int]], read: int) -> View:
     starts: list[int] = []
     ends: list[int] = []
     for letter, start, end in letters:
-        folded = letter if letter.isascii() else _FOLDS[ord(letter)]
+        folded = _FOLDS[ord(letter)]
         out.append(folded)
         for _ in folded:
             starts.append(start)

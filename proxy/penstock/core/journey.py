@@ -14,7 +14,7 @@ from penstock.core.blocks import Blocks
 from penstock.core.channels import Channels
 from penstock.core.citations import Citations
 from penstock.core.errors import PolicyError
-from penstock.core.events import Event, Intervention
+from penstock.core.events import Event, Failed, Intervention
 from penstock.core.moderation import Moderation
 from penstock.core.pacing import Pacing
 from penstock.core.request import StreamRequest
@@ -48,7 +48,8 @@ class Journey:
             setting.policy,
             most_held=setting.bounds.hold_chars,
             fits=self._problem_of_call,
-            json_answer=request.wants_json,
+            json_in_answer=request.json_in_answer,
+            begun=request.begun_text,
         )
         self.verdicts = Verdicts(setting.watching)
         self._structured = StructuredAnswers(request.structured)
@@ -98,8 +99,15 @@ class Journey:
         return self.blocks.feed(self.accounting.feed(items))
 
     def tell(self, items: list[Event]) -> list[Event]:
-        """What no engine said: how the tools fare that are run here."""
-        return self.pacing.feed(self.blocks.feed(items))
+        """What no engine said: how the tools fare that are run here. What is shown of their answers is moderated."""
+        return self.pacing.feed(self.blocks.feed(self.moderation.feed(items)))
+
+    def fit_to_tell(self, failed: Failed) -> Failed:
+        """The engine's error, without what may be words of the answer where those are judged."""
+        is_judged = self._setting.policy is not None or self._setting.watching is not None
+        if failed.quote and not is_judged:
+            failed.message += f": {failed.quote}"
+        return self.moderation.fit_to_tell(failed)
 
     def begin_in(self, state: str) -> None:
         """The engine said in which state of the family its answer begins."""

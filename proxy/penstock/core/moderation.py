@@ -19,24 +19,33 @@ from penstock.core.events import (
     Event,
     Ext,
     Extra,
+    Failed,
     Finished,
     Intervention,
     Moderated,
     Role,
     Text,
     ToolArguments,
+    ToolDenied,
     ToolEnded,
     ToolReady,
+    ToolResult,
     ToolStarted,
     Warned,
     Withheld,
 )
-from penstock.core.folding import View, ends_in_string, view_of
-from penstock.core.rules import Policy, Rule, RuleChannel, Scan, Scanner, Span
+from penstock.core.folding import view_of
+from penstock.core.lanes import JsonIn, Lane
+from penstock.core.rules import Policy, RuleChannel, Scanner
 
 _SPOILED = "moderation redacted the arguments, and what is left is no JSON object"
 _UNFIT = "moderation redacted the arguments, and what is left may not be executed"
 _HIDDEN_NAME = "moderation redacted the name of the tool"
+_STOPPED = "moderation stopped the answer"
+_NAME_SHOWN = "redacted"
+_HIDDEN_ERROR = "the engine reported an error, in words that moderation withholds"
+# Values of unknown fields that were found to be clean are remembered, since engines repeat them with every chunk.
+_MOST_CLEAN = 64
 _KEPT_OF_A_CHOICE = ("index", "message", "finish_reason", "stop_reason", "logprobs")
 _KEPT_OF_A_MESSAGE = ("role", "content", "reasoning", "reasoning_content", "refusal")
 
@@ -47,21 +56,31 @@ Judge = Callable[[str, str], str | None]
 class Moderation:
     """The step. `policy` is None where no rule applies to the stream; `most_held` bounds a lane, in characters.
 
+    `begun` is text that stands before the answer and is the caller's own: a match may begin in it.
+
     `fits(name, arguments)` says why redacted arguments may not be executed, or None; what came before us has judged
     the ones that the model wrote.
     """
 
     def __init__(
-        self, policy: Policy | None, *, most_held: int, fits: Judge | None = None, json_answer: bool = False
+        self,
+        policy: Policy | None,
+        *,
+        most_held: int,
+        fits: Judge | None = None,
+        json_in_answer: JsonIn = "none",
+        begun: str = "",
     ) -> None:
         self._policy = policy
         self.fits = fits
         self._most_held = most_held
-        self._json_answer = json_answer
-        self._lanes: dict[int, dict[str, _Lane | None]] = {}
+        self._json_in_answer = json_in_answer
+        self._begun = begun
+        self._lanes: dict[int, dict[str, Lane | None]] = {}
         self._calls: dict[tuple[int, str], _Call] = {}
         self._notes: list[Intervention] = []
         self._told: set[str] = set()
+        self._clean: set[str] = set()
         self.halted: PolicyError | None = None
         """Why the stream must end now, once a rule has said so."""
 
@@ -79,12 +98,14 @@ class Moderation:
         return out
 
     def flush(self) -> list[Event]:
-        """What is still held, when the stream ends without the choices' own ends."""
+        """The stream broke: what may have become part of a match is not sent, since another may go on from here."""
         out: list[Event] = []
-        for choice in list(self._lanes):
-            self._settle(choice, out)
+        for lanes in self._lanes.values():
+            for lane in lanes.values():
+                if lane is not None and lane.is_holding:
+                    lane.break_off(out) if self.halted is None else lane.withhold(out)
         for call in self._calls.values():
-            call.settle(out)
+            call.break_off(out)
         return out
 
     def take_notes(self) -> list[Intervention]:
@@ -92,10 +113,20 @@ class Moderation:
         notes, self._notes = self._notes, []
         return notes
 
+    def fit_to_tell(self, failed: Failed) -> Failed:
+        """The engine's error; without its words where a rule finds something in them."""
+        said = [failed.message, orjson.dumps(failed.engine_body).decode() if failed.engine_body else ""]
+        if self._policy is None or not any(map(self._matches, said)):
+            return failed
+        return replace(failed, message=_HIDDEN_ERROR, engine_body=None)
+
     def without_unseen_text(self, whole: Ext) -> Ext:
         """The engine's unstreamed answer without fields of its choices that no lane has scanned."""
         if self._policy is None or not isinstance(whole.get("choices"), list):
             return whole
+        own = ("choices", "usage")
+        unknown = {name: value for name, value in whole.items() if name in own or not self._has_match(name, value)}
+        whole = {**unknown, "usage": _without_text(whole["usage"])} if whole.get("usage") else unknown
         choices = []
         for choice in whole["choices"]:
             kept = {name: choice[name] for name in _KEPT_OF_A_CHOICE if name in choice}
@@ -112,7 +143,7 @@ class Moderation:
     def _text(self, item: Text, out: list[Event]) -> None:
         if item.added:
             self._settle(item.choice, out)
-            out.append(item)
+            self._pass(item, out)
             return
         is_thought = item.channel is Channel.REASONING or item.inlined
         name = "refusal" if item.refusal else "reasoning" if is_thought else "answer"
@@ -144,8 +175,15 @@ class Moderation:
                 call.settle(out)
                 if self.halted is None and call.makes_ready(item):
                     out.append(item)
+            case ToolDenied():
+                out.append(self._calls[item.choice, item.call_id].denied(item))
             case ToolEnded():
                 self._calls[item.choice, item.call_id].end(item, out)
+            case ToolResult() if item.content is not None:
+                self._judge_result(item, item.content, out)
+            case EngineUsage():
+                item.fields = _without_text(item.fields)
+                out.append(item)
             case Finished():
                 self._settle(item.choice, out)
                 item.logprobs = item.token_ids = None
@@ -153,27 +191,43 @@ class Moderation:
             case Annotation() if item.inline and item.choice is not None:
                 item.data = self._judged_note(item, out)
                 self._pass(item, out)
-            case Extra() if item.choice is not None:
+            case Extra():
                 self._scrub(item, out)
             case _:
                 out.append(item)
 
     def _judged_note(self, item: Annotation, out: list[Event]) -> dict[str, Any]:
         """What a citation quotes is the model's text, and comes whole: a string that matches is replaced whole."""
-        scanner = self._policy.scanner("answer") if self._policy else None
         data = dict(item.data)
         for name, value in data.items():
-            if scanner is None or not _has_text(value) or self.halted is not None:
-                continue
-            text = value if isinstance(value, str) else orjson.dumps(value).decode()
-            lane = _Lane(self, scanner, item.choice or 0, f"annotation:{item.kind}", _nothing, json=False)
-            told: list[Event] = []
-            lane.feed(text, 0, Text(0, Channel.ANSWER, text), told)
-            lane.settle(told)
-            out += [event for event in told if isinstance(event, Moderated)]
-            if lane.changed:
-                data[name] = "".join(event.text for event in told if isinstance(event, Text))
+            if _has_text(value) and self.halted is None:
+                text = value if isinstance(value, str) else orjson.dumps(value).decode()
+                shown = self._judged(text, "answer", item.choice or 0, f"annotation:{item.kind}", out)
+                data[name] = value if shown == text else shown
         return data
+
+    def _judge_result(self, item: ToolResult, content: str, out: list[Event]) -> None:
+        """A tool's words are not the model's; where they are shown they are text of the answer all the same."""
+        item.content = self._judged(
+            content, "tools", item.choice, f"tool_result:{item.name}", out, call_id=item.call_id
+        )
+        self._pass(item, out)
+
+    def _judged(
+        self, text: str, channel: RuleChannel, choice: int, name: str, out: list[Event], *, call_id: str | None = None
+    ) -> str:
+        """Text that comes whole, with placeholders; what was done to it is told. At a halt nothing is left of it."""
+        scanner = self._policy.scanner(channel) if self._policy else None
+        if scanner is None or not text:
+            return text
+        lane = Lane(self, scanner, choice, name, _speaker(Text(choice, Channel.ANSWER, "")), json="none")
+        told: list[Event] = []
+        lane.take_whole(text, told)
+        for event in told:
+            if isinstance(event, Moderated):
+                event.call_id, event.back, event.length = call_id, 0, 0  # it stands in no block's text
+                out.append(event)
+        return "" if self.halted else "".join(event.text for event in told if isinstance(event, Text))
 
     def _pass(self, item: Event, out: list[Event]) -> None:
         if self.halted is None:
@@ -182,14 +236,42 @@ class Moderation:
             self._withhold(item, out)
 
     def _scrub(self, item: Extra, out: list[Event]) -> None:
-        """Engine fields that Penstock does not know may carry text, which no lane would see."""
-        kept = {name: value for name, value in item.fields.items() if not _has_text(value)}
+        """Engine fields that Penstock does not know. Those of a choice may spell its text, which no lane would see."""
+        of_choice = item.choice is not None
+        kept = {
+            name: value
+            for name, value in item.fields.items()
+            if not (_may_spell(value) if of_choice else self._has_match(name, value))
+        }
         if len(kept) < len(item.fields):
             names = ", ".join(sorted(set(item.fields) - set(kept)))
             detail = f"moderation cannot read these fields of the engine, so they are left out: {names[:200]}"
             self._tell(Warned("unmoderated_fields", detail), out)
         if kept:
             out.append(replace(item, fields=kept))
+
+    def _has_match(self, name: str, value: Any) -> bool:
+        """Whether a rule finds something in a field that comes whole."""
+        if not _has_text(value):
+            return False
+        key = f"{name} {orjson.dumps(value).decode()}"
+        if key in self._clean:
+            return False
+        if self._matches(key):
+            return True
+        if len(self._clean) < _MOST_CLEAN:
+            self._clean.add(key)
+        return False
+
+    def _matches(self, text: str) -> bool:
+        folded = view_of(text, json=True, whole=True).text
+        channels: tuple[RuleChannel, ...] = ("answer", "reasoning", "tools")
+        for channel in channels if folded and self._policy else ():
+            scanner = self._policy.scanner(channel) if self._policy else None
+            scan = scanner.scan(folded, first=0, whole=True) if scanner else None
+            if scan is not None and (scan.halt or any(span.rule.action != "flag" for span in scan.spans)):
+                return True
+        return False
 
     def _tell(self, warning: Warned, out: list[Event]) -> None:
         if warning.code not in self._told:
@@ -206,19 +288,21 @@ class Moderation:
                 out.append(Withheld(item.choice, "moderation", "", item.tokens))
         elif isinstance(item, ToolEnded):
             if (call := self._calls.get((item.choice, item.call_id))) is not None:
-                item.valid, item.status = False, "incomplete"
-                call.end(item, out)
+                call.stop(item, out)
         elif isinstance(item, Withheld | EngineUsage | Warned | Role):
             out.append(item)
 
     # -- lanes -------------------------------------------------------------------------------------
 
-    def _open_text_lane(self, like: Text, name: str, channel: RuleChannel) -> "_Lane | None":
+    def _open_text_lane(self, like: Text, name: str, channel: RuleChannel) -> "Lane | None":
         scanner = self._policy.scanner(channel) if self._policy else None
         lane = None
         if scanner is not None:
             spell = _speaker(like)
-            lane = _Lane(self, scanner, like.choice, name, spell, json=self._json_answer and channel == "answer")
+            json: JsonIn = self._json_in_answer if channel == "answer" else "none"
+            lane = Lane(self, scanner, like.choice, name, spell, json=json)
+            if self._begun and name == "answer":
+                lane.begin_after(self._begun[-self._most_held :])
         self._lanes.setdefault(like.choice, {})[name] = lane
         return lane
 
@@ -230,10 +314,10 @@ class Moderation:
 
     def _start_call(self, item: ToolStarted, out: list[Event]) -> None:
         scanner = self._policy.scanner("tools") if self._policy else None
-        call = _Call(self, scanner, item)
+        call, engine_id = _Call(self, scanner, item), item.call_id
         call.start(item, out)
         if self.halted is None:
-            self._calls[item.choice, item.call_id] = call
+            self._calls[item.choice, engine_id] = call
 
     @property
     def most_held(self) -> int:
@@ -255,203 +339,24 @@ def _speaker(like: Text) -> Callable[[str, int, bool], Event]:
     return speak
 
 
+def _without_text(fields: Ext) -> Ext:
+    return {name: value for name, value in fields.items() if not _has_text(value)}
+
+
+def _may_spell(value: Any) -> bool:
+    """Text, or a list of whole numbers, which may be token ids."""
+    if isinstance(value, list):
+        return any(type(item) is int or _may_spell(item) for item in value)
+    if isinstance(value, dict):
+        return any(map(_may_spell, value.values()))
+    return _has_text(value)
+
+
 def _has_text(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value)
     inner: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(map(_has_text, inner))
-
-
-class _Lane:
-    """One field of one choice. Positions are characters that the model wrote, counted from the lane's beginning.
-
-    `_window` is text from `_base` on: what is held, what may still be part of a flagged match, and one character
-    before it as context. All before `_sent` has gone out, or was withheld for good.
-    """
-
-    __slots__ = (
-        "_base", "_choice", "_covered", "_flagged", "_has_context", "_in_string", "_json", "_marks", "_name",
-        "_owner", "_scanner", "_sent", "_speak", "_tokens", "_window", "changed",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        owner: Moderation,
-        scanner: Scanner,
-        choice: int,
-        name: str,
-        speak: Callable[[str, int, bool], Event],
-        *,
-        json: bool,
-    ) -> None:
-        self._owner = owner
-        self._scanner = scanner
-        self._choice = choice
-        self._name = name
-        self._speak = speak
-        self._json = json
-        self._window = ""
-        self._base = 0
-        self._sent = 0
-        self._has_context = False
-        self._in_string = False
-        self._covered = -1  # where the last redaction ends, so that one that overlaps needs no second placeholder
-        self._flagged: dict[str, int] = {}
-        self._marks: list[tuple[int, int]] = []  # position up to which some tokens were paid, and how many
-        self._tokens = 0
-        self.changed = False
-
-    @property
-    def is_holding(self) -> bool:
-        return self._base + len(self._window) > self._sent
-
-    def feed(self, text: str, tokens: int, item: Event, out: list[Event]) -> None:
-        """`item` is the event that brought the text: where nothing is held and nothing found, it goes on itself."""
-        was_idle = not self.is_holding
-        window = self._window = self._window + text
-        if window.isascii() and not (self._json and "\\" in window):
-            view = View(window, None, None, len(window))
-        else:
-            view = view_of(window, json=self._json, whole=False)
-        first = int(self._has_context)
-        scan = self._scanner.scan(view.text, first=first, whole=False) if len(view.text) > first else None
-        if scan is None and was_idle and not self._json and view.starts is None:
-            self._base += len(window) - 1
-            self._sent = self._base + 1
-            self._window = window[-1]
-            self._has_context = True
-            self._tokens += tokens
-            out.append(item)
-            return
-        if tokens:
-            self._marks.append((self._base + len(window), tokens))
-        self._advance(view, scan, out, whole=False)
-
-    def settle(self, out: list[Event]) -> None:
-        """Nothing may be held any longer. What comes later is still seen together with the end of this."""
-        view = view_of(self._window, json=self._json, whole=True)
-        first = int(self._has_context)
-        scan = self._scanner.scan(view.text, first=first, whole=True) if len(view.text) > first else None
-        self._advance(view, scan, out, whole=True)
-
-    def withhold(self, out: list[Event]) -> None:
-        """Another lane was halted: what is held here is not sent either."""
-        held = self._window[self._sent - self._base :]
-        out.append(Withheld(self._choice, "moderation", held, self._take_tokens(self._base + len(self._window))))
-        self._sent = self._base + len(self._window)
-
-    def _advance(self, view: View, scan: Scan | None, out: list[Event], *, whole: bool) -> None:
-        spans = scan.spans if scan else []
-        size, length = len(self._window), len(view.text)
-        free = size if whole else view.start(length - scan.held) if scan and scan.held else view.read
-        if scan is not None and scan.halt is not None:
-            free = min(free, view.start(scan.stop))
-        if not whole and size - free > self._owner.most_held:
-            # No rule is that wide: invisible characters pad the text, and what they may hide is not sent.
-            return self._halt_for_padding(free, out)
-        cursor = self._sent - self._base
-        kept = view.start(length - scan.kept) if scan and scan.kept else view.read
-        for span in spans:
-            start, end = view.start(span.start), view.end(span.end)
-            if start >= free:
-                break
-            if span.rule.action != "flag":
-                cursor = self._redact(span.rule, start, end, cursor, out)
-            elif start < kept or whole:  # else it may still grow
-                cursor = self._flag(span.rule, start, end, cursor, min(end, free), out)
-        if free > cursor:
-            self._say(cursor, free, out)
-            cursor = free
-        self._sent = self._base + cursor
-        if scan is not None and scan.halt is not None:
-            return self._halt(scan.halt, view.start(scan.halt.start), view.end(scan.halt.end), out)
-        self._forget(min(kept, cursor), view.starts)
-        return None
-
-    def _flag(self, rule: Rule, start: int, end: int, cursor: int, until: int, out: list[Event]) -> int:
-        if self._base + start <= self._flagged.get(rule.id, -1):
-            return cursor
-        self._flagged[rule.id] = self._base + start
-        if until > cursor:
-            self._say(cursor, until, out)
-            cursor = until
-        self._note(rule.id, "flag", rule.category, start, self._window[start:end])
-        back = max(cursor - start, 0)
-        out.append(Moderated("flag", rule.id, rule.category, self._choice, back=back, length=min(end - start, back)))
-        return cursor
-
-    def _redact(self, rule: Rule, start: int, end: int, cursor: int, out: list[Event]) -> int:
-        base = self._base
-        if end <= cursor:
-            return cursor
-        if start > cursor:
-            self._say(cursor, start, out)
-        begun = max(start, cursor)
-        self._note(rule.id, "redact", rule.category, start, self._window[start:end])
-        self.changed = True
-        if base + begun != self._covered:
-            placeholder = self._placeholder(rule.placeholder, begun)
-            out.append(self._speak(placeholder, 0, True))
-            size = len(placeholder)
-            out.append(Moderated("redact", rule.id, rule.category, self._choice, back=size, length=size))
-        out.append(Withheld(self._choice, "moderation", self._window[begun:end], self._take_tokens(base + end)))
-        self._covered = base + end
-        return end
-
-    def _placeholder(self, text: str, at: int) -> str:
-        """Within JSON the placeholder stays a string, or becomes one in the place of a number."""
-        if not self._json:
-            return text
-        quoted = orjson.dumps(text).decode()
-        is_inside = ends_in_string(self._window[:at], begins_in_string=self._in_string)
-        return quoted[1:-1] if is_inside else quoted
-
-    def _say(self, start: int, end: int, out: list[Event]) -> None:
-        out.append(self._speak(self._window[start:end], self._take_tokens(self._base + end), False))
-
-    def _take_tokens(self, until: int) -> int:
-        """The tokens of all text up to `until` that no event has carried yet."""
-        tokens = 0
-        while self._marks and self._marks[0][0] <= until:
-            tokens += self._marks.pop(0)[1]
-        self._tokens += tokens
-        return tokens
-
-    def _forget(self, place: int, starts: list[int] | None) -> None:
-        """Drops what stands before `place` but for one visible character, the context of what follows."""
-        before = place - 1 if starts is None else max((s for s in starts if s < place), default=-1)
-        if before < 0:
-            return
-        if self._json:
-            self._in_string = ends_in_string(self._window[:before], begins_in_string=self._in_string)
-        self._window = self._window[before:]
-        self._base += before
-        self._has_context = True
-
-    def _note(self, rule: str, action: str, category: str, start: int, text: str) -> None:
-        begun = self._base + start
-        self._owner.note(Intervention(rule, action, category, self._choice, self._name, begun, self._tokens, text))
-
-    def _halt(self, span: Span, start: int, end: int, out: list[Event]) -> None:
-        rule = span.rule
-        self._note(rule.id, "halt", rule.category, start, self._window[start:end])
-        self._stop(rule.id, rule.category, f"the answer was stopped by the rule {rule.id} ({rule.category})", out)
-
-    def _halt_for_padding(self, start: int, out: list[Event]) -> None:
-        self._note("hold_limit", "halt", "evasion", start, self._window[start:])
-        message = (
-            f"more than {self._owner.most_held} characters would have to be held (moderation.hold_chars): invisible "
-            "characters pad what may become a match"
-        )
-        self._stop("hold_limit", "evasion", message, out)
-
-    def _stop(self, rule: str, category: str, message: str, out: list[Event]) -> None:
-        out.append(Moderated("halt", rule, category, self._choice, back=0, length=0))
-        rest = self._window[self._sent - self._base :]
-        out.append(Withheld(self._choice, "moderation", rest, self._take_tokens(self._base + len(self._window))))
-        self._sent = self._base + len(self._window)
-        self.changed = True
-        self._owner.halt(PolicyError("content_filtered", message))
 
 
 class _Call:
@@ -465,33 +370,37 @@ class _Call:
         self._name_is_hidden = False
         self._problem: str | None = None  # what the redaction made of a call that was ready
         self._delivered: list[str] = []
-        self._lane: _Lane | None = None
+        self._lane: Lane | None = None
         if scanner is not None:
-            self._lane = _Lane(owner, scanner, item.choice, f"tool:{item.index}", self._speak, json=True)
+            self._lane = Lane(owner, scanner, item.choice, f"tool:{item.index}", self._speak, json="all")
 
     def start(self, item: ToolStarted, out: list[Event]) -> None:
-        """The name is the model's text too. It comes whole, so it is judged at once."""
-        if self._scanner is not None and item.name:
-            lane = _Lane(self._owner, self._scanner, item.choice, f"tool_name:{item.index}", _nothing, json=False)
-            told: list[Event] = []
-            lane.feed(item.name, 0, item, told)
-            lane.settle(told)
-            if self._owner.halted is not None:
-                out += [event for event in told if isinstance(event, Moderated)]
-                self._lane = None
-                return
-            if lane.changed:
-                self._name_is_hidden = True
-                item.name = "redacted"
-                out.append(item)
-                out += [event for event in told if isinstance(event, Moderated)]
-                return
-        out.append(item)
+        """The name is the model's text, and with some models the id too. Both come whole and are judged at once."""
+        told: list[Event] = []
+        self._name_is_hidden = self._changes(item.name, item, told)
+        if self._owner.halted is None and self._changes(item.call_id, item, []):
+            self._call_id = item.call_id = f"call_redacted_{item.choice}_{item.index}"
+        if self._owner.halted is None:
+            item.name = _NAME_SHOWN if self._name_is_hidden else item.name
+            out.append(item)
+        for event in told:
+            if isinstance(event, Moderated):
+                event.call_id, event.back, event.length = None if self._owner.halted else self._call_id, 0, 0
+                out.append(event)
+
+    def _changes(self, text: str, item: ToolStarted, told: list[Event]) -> bool:
+        if self._scanner is None or not text or self._owner.halted is not None:
+            return False
+        lane = Lane(self._owner, self._scanner, item.choice, f"tool_name:{item.index}", _nothing, json="none")
+        lane.take_whole(text, told)
+        return lane.changed
 
     def feed(self, item: ToolArguments, out: list[Event]) -> None:
+        item.call_id = self._call_id
         if self._lane is None:
-            out.append(item)
+            self._tell([item], out)
             return
+        self._lane.is_written_here = item.added
         told: list[Event] = []
         self._lane.feed(item.text, item.tokens, item, told)
         self._tell(told, out)
@@ -502,8 +411,15 @@ class _Call:
             self._lane.settle(told) if self._owner.halted is None else self._lane.withhold(told)
             self._tell(told, out)
 
+    def break_off(self, out: list[Event]) -> None:
+        if self._lane is not None and self._lane.is_holding:
+            told: list[Event] = []
+            self._lane.break_off(told) if self._owner.halted is None else self._lane.withhold(told)
+            self._tell(told, out)
+
     def makes_ready(self, item: ToolReady) -> bool:
         """Puts the redacted arguments in; False where they may not be executed any more."""
+        item.call_id = self._call_id
         if self._name_is_hidden:
             self._problem = _HIDDEN_NAME
         elif self._lane is not None and self._lane.changed:
@@ -516,15 +432,28 @@ class _Call:
         problem = self._owner.fits(name, arguments) if self._owner.fits else None
         return None if problem is None else f"{_UNFIT}: {problem}"
 
+    def denied(self, item: ToolDenied) -> ToolDenied:
+        item.call_id = self._call_id
+        if self._name_is_hidden:
+            item.name, item.reason = _NAME_SHOWN, f"the rule {item.rule} denies it"
+        return item
+
     def end(self, item: ToolEnded, out: list[Event]) -> None:
-        self.settle(out)
-        if self._lane is not None and self._lane.changed:
-            item.arguments = "".join(self._delivered)
+        """What the end repeats is what was told, not what the model wrote."""
+        self.settle(out) if item.status == "complete" else self.break_off(out)
+        item.call_id, item.arguments = self._call_id, "".join(self._delivered)
         if item.valid and self._problem is not None:
             item.valid, item.problem = False, self._problem
         elif self._name_is_hidden:
             item.problem = _HIDDEN_NAME
         out.append(item)
+
+    def stop(self, item: ToolEnded, out: list[Event]) -> None:
+        """Its end behind a halt: whatever the model made of it, it is not to be executed."""
+        if item.valid:
+            item.valid, item.problem = False, _STOPPED
+        item.status = "incomplete"
+        self.end(item, out)
 
     def _tell(self, told: list[Event], out: list[Event]) -> None:
         for event in told:
@@ -535,7 +464,8 @@ class _Call:
             out.append(event)
 
     def _speak(self, text: str, tokens: int, added: bool) -> Event:
-        return ToolArguments(self._choice, self._call_id, text, tokens, added=added)
+        is_added = added or (self._lane is not None and self._lane.is_written_here)
+        return ToolArguments(self._choice, self._call_id, text, tokens, added=is_added)
 
 
 def _nothing(text: str, tokens: int, added: bool) -> Event:

@@ -6,7 +6,7 @@ the exact spans on the rare hit. Rules see folded text (`folding.py`), so their 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
@@ -28,13 +28,15 @@ _CATEGORIES: Final = {
     _codes.CATEGORY_NOT_WORD: r"\x00-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-" + chr(0x10FFFF),
 }
 _ALLOWED_FLAGS: Final = re.IGNORECASE.value | re.DOTALL.value | re.UNICODE.value | re.VERBOSE.value | re.ASCII.value
-# A word's edge for Python's `re`: as the automaton's `\b`, which knows ASCII alone.
-_BEFORE_ASCII: Final = f"(?<![{_WORD}])"
-_AFTER_ASCII: Final = f"(?![{_WORD}])"
+# The edges of a match for Python's `re`; that of ASCII as the automaton's `\b`, which knows no other letters.
+_BEFORE: Final = {"": "", "ascii": f"(?<![{_WORD}])", "sign": f"(?<![{_WORD}])", "unicode": r"(?<!\w)"}
+_AFTER: Final = {"": "", "ascii": f"(?![{_WORD}])", "sign": f"(?![{_WORD}])", "unicode": r"(?!\w)"}
 # A repetition longer than this gets an expression of its own where the beginnings of a match are looked for.
 _LONG: Final = 16
 # One space of a literal: a line break or a doubled space must not let it through.
-_LITERAL_SPACE: Final = "[ \\t\\r\\n]{1,3}"
+_LITERAL_SPACE: Final = "[ \\t-\\r]{1,3}"
+# What has another fold stands below this, but for tags, which fold away.
+_LAST_FOLDED: Final = 0x2FFFF
 
 
 class PatternError(ValueError):
@@ -42,33 +44,43 @@ class PatternError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """A rule for Python's `re`. Where `after` is given, what follows a match decides whether it is one."""
+
+    expression: re.Pattern[str]
+    after: re.Pattern[str] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Pattern:
     """One rule, ready to be compiled. Widths in folded characters.
 
     `forward` and `backward` are for the automaton: the first match the rule anywhere, the second, anchored at the
-    start of the reversed text, every non-empty beginning of it that may still become a match or a longer one.
-    With `decided_by_next` a match at the very end of the text is one only if nothing, or no word, follows.
+    start of the reversed text, every non-empty beginning of it that may still become a match or a longer one. Of the
+    `readings` any may match: the words of a rule end in different ways.
     """
 
     forward: tuple[str, ...]
     backward: tuple[str, ...]
-    confirm: re.Pattern[str]
+    readings: tuple[Reading, ...]
     least: int
     most: int
     ignore_case: bool
-    decided_by_next: bool
 
 
 def regex_pattern(regex: str, *, ignore_case: bool, most_chars: int) -> Pattern:
     """Raises `PatternError` for what cannot be found in a stream with a bounded hold, or in linear time."""
     try:
         tree = _parser.parse(regex)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise PatternError(f"is no regular expression: {error}") from None
+    except RecursionError:
+        raise PatternError("is nested too deeply") from None
     flags = tree.state.flags
     if flags & ~_ALLOWED_FLAGS:
         raise PatternError("sets a flag that rules cannot have; only (?i), (?s) and (?x) at the start are possible")
-    return _pattern(_Tree(list(tree), bool(flags & re.DOTALL)), ignore_case or bool(flags & re.IGNORECASE), most_chars)
+    any_case = ignore_case or bool(flags & re.IGNORECASE)
+    return _pattern(_Tree(list(tree), dotall=bool(flags & re.DOTALL), any_case=any_case), any_case, most_chars)
 
 
 def words_pattern(words: Iterable[str], *, ignore_case: bool, whole_word: bool, most_chars: int) -> Pattern:
@@ -77,43 +89,46 @@ def words_pattern(words: Iterable[str], *, ignore_case: bool, whole_word: bool, 
     if not folded or not all(folded):
         raise PatternError("has a literal that is empty or made of invisible characters alone")
     parts = [_literal(word, whole_word=whole_word, most_chars=most_chars, ignore_case=ignore_case) for word in folded]
-    confirm = "|".join(part.confirm.pattern for part in parts)
+    by_end: dict[re.Pattern[str] | None, list[str]] = {}
+    for part in parts:
+        for reading in part.readings:
+            by_end.setdefault(reading.after, []).append(reading.expression.pattern)
+    flags = re.IGNORECASE if ignore_case else 0
     return Pattern(
         forward=tuple(expression for part in parts for expression in part.forward),
         backward=tuple(expression for part in parts for expression in part.backward),
-        confirm=re.compile(confirm, re.IGNORECASE if ignore_case else 0),
+        readings=tuple(Reading(re.compile("|".join(told), flags), after) for after, told in by_end.items()),
         least=min(part.least for part in parts),
         most=max(part.most for part in parts),
         ignore_case=ignore_case,
-        decided_by_next=whole_word,
     )
 
 
 def _literal(word: str, *, whole_word: bool, ignore_case: bool, most_chars: int) -> Pattern:
     escaped = _LITERAL_SPACE.join(re.escape(part) for part in word.split())
-    tree = _Tree(list(_parser.parse(escaped)), dotall=False)
+    tree = _Tree(list(_parser.parse(escaped)), dotall=False, any_case=ignore_case)
     if whole_word:
         tree.lead, tree.trail = _edge(word[0]), _edge(word[-1])
     return _pattern(tree, ignore_case, most_chars)
 
 
 def _edge(letter: str) -> str:
-    """Which kind of edge a word has there: ASCII, another script with capitals, or one written without spaces."""
+    """Which kind of edge a word has there: ASCII, a sign, another script with capitals, or one without spaces."""
     if letter.isascii():
-        return "ascii" if letter.isalnum() or letter == "_" else ""
+        return "ascii" if letter.isalnum() or letter == "_" else "sign"
     return "unicode" if letter.lower() != letter.upper() else ""
 
 
 class _Tree:
     """A parsed expression without the word edges at its two ends, which are `lead` and `trail`."""
 
-    def __init__(self, nodes: list[Any], dotall: bool) -> None:
+    def __init__(self, nodes: list[Any], *, dotall: bool, any_case: bool) -> None:
         self.lead = self.trail = ""
         if nodes and nodes[0] == (_codes.AT, _codes.AT_BOUNDARY):
             self.lead, nodes = "ascii", nodes[1:]
         if nodes and nodes[-1] == (_codes.AT, _codes.AT_BOUNDARY):
             self.trail, nodes = "ascii", nodes[:-1]
-        self.writer = _Writer(dotall)
+        self.writer = _Writer(dotall=dotall, any_case=any_case)
         self.nodes = self.writer.folded(nodes)
 
 
@@ -134,27 +149,46 @@ def _pattern(tree: _Tree, ignore_case: bool, most_chars: int) -> Pattern:
             f"would cost exponential time: {culprit}; "
             "let each repetition begin or end with something that its other parts cannot match"
         )
+    if not (
+        _stands_by_words(tree.lead, tree.nodes, 0, writer) and _stands_by_words(tree.trail, tree.nodes, -1, writer)
+    ):
+        raise PatternError(
+            r"has \b beside what may be no ASCII letter, digit or underscore, where it says little; leave it out there "
+            "or take `words`, which end where the letters of their script end"
+        )
     body = writer.all_of(tree.nodes, reverse=False)
-    before = {"": "", "ascii": _BEFORE_ASCII, "unicode": r"(?<!\w)"}[tree.lead]
-    after = {"": "", "ascii": _AFTER_ASCII, "unicode": r"(?!\w)"}[tree.trail]
-    # The automaton's \b is ASCII alone; for other scripts it tells too much, and `confirm` decides.
+    before, after = _BEFORE[tree.lead], _AFTER[tree.trail]
+    # The automaton's \b is ASCII alone, and asks for a word behind a sign; there it tells too much, and `re` decides.
     lead, trail = (r"\b" if edge == "ascii" else "" for edge in (tree.lead, tree.trail))
+    flags = re.IGNORECASE if ignore_case else 0
     beginnings = writer.all_beginnings(tree.nodes, whole=bool(tree.trail))
     return Pattern(
         forward=(f"{lead}(?:{body}){trail}",),
         backward=tuple(f"^(?:{beginning}){lead}" for beginning in beginnings),
-        confirm=re.compile(f"{before}(?:{body}){after}", re.IGNORECASE if ignore_case else 0),
+        readings=(Reading(re.compile(f"{before}(?:{body}){after}", flags), re.compile(after) if after else None),),
         least=least,
         most=most,
         ignore_case=ignore_case,
-        decided_by_next=bool(tree.trail),
     )
 
 
-class _Writer:
-    """Writes parsed expressions in the words that both Python and the automaton understand alike."""
+def _stands_by_words(edge: str, nodes: Sequence[Any], end: int, writer: "_Writer") -> bool:
+    r"""Whether `\b` at this end (0 or -1) has a word within the match, so that it asks for none outside."""
+    return edge != "ascii" or all(_is_word(low, high) for low, high in writer.at_end(nodes, end))
 
-    def __init__(self, dotall: bool) -> None:
+
+def _is_word(low: int, high: int) -> bool:
+    return all(chr(code).isalnum() or chr(code) == "_" for code in range(low, high + 1)) if high < 128 else False
+
+
+class _Writer:
+    """Writes parsed expressions in the words that both Python and the automaton understand alike.
+
+    The automaton knows fewer pairs of capitals and small letters; with `any_case` those beyond ASCII are spelled out.
+    """
+
+    def __init__(self, *, dotall: bool, any_case: bool) -> None:
+        self._any_case = any_case
         self._any = f"[\\x00-{chr(0x10FFFF)}]" if dotall else "[^\\x0a]"
         self._dotall = dotall
 
@@ -165,9 +199,9 @@ class _Writer:
     def _fold(self, node: Any) -> list[Any]:
         op, value = node
         if op is _codes.LITERAL:
-            return [(op, ord(letter)) for letter in fold(chr(value))]
+            return [self._letter(letter) for letter in fold(chr(value))]
         if op is _codes.IN:
-            return [(op, [self._fold_member(member) for member in value])]
+            return [self._fold_set(value, is_repeated=False)]
         if op is _codes.SUBPATTERN:
             _, added, removed, inner = value
             if added or removed:
@@ -177,16 +211,41 @@ class _Writer:
             return [(op, (None, [self.folded(branch) for branch in value[1]]))]
         if op in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
             low, high, inner = value
-            return [(_codes.MAX_REPEAT, (low, high, self.folded(inner)))]
+            is_set = len(inner) == 1 and inner[0][0] is _codes.IN
+            folded = [self._fold_set(inner[0][1], is_repeated=high > 1)] if is_set else self.folded(inner)
+            return [(_codes.MAX_REPEAT, (low, high, folded))]
         if op in (_codes.ANY, _codes.NOT_LITERAL):
             return [node]
         raise PatternError(_refusals().get(op, f"uses {op}, which rules cannot have"))
 
-    @staticmethod
-    def _fold_member(member: Any) -> Any:
-        op, value = member
-        letters = fold(chr(value)) if op is _codes.LITERAL else ""
-        return (op, ord(letters)) if len(letters) == 1 else member
+    def _letter(self, letter: str) -> Any:
+        looks = sorted(look for look in self._looks(letter) if len(look) == 1)
+        if letter.isascii() or len(looks) < 2:
+            return (_codes.LITERAL, ord(letter))
+        return (_codes.IN, [(_codes.LITERAL, ord(look)) for look in looks])
+
+    def _looks(self, letter: str) -> set[str]:
+        """What the letter is in folded text, in each of its cases where those do not matter."""
+        cases = (letter, letter.lower(), letter.upper(), letter.title(), letter.swapcase(), letter.casefold())
+        return {fold(one) for one in (cases if self._any_case else cases[:1])}
+
+    def _fold_set(self, members: Sequence[Any], *, is_repeated: bool) -> Any:
+        """Also what its members look like in folded text; one that becomes two letters stands beside the set.
+
+        Where the set is repeated, two letters that are in it need no place of their own.
+        """
+        folds = {look for code in _codes_of(members) for look in self._looks(chr(code)) if look != chr(code)}
+        singles = [(_codes.LITERAL, ord(letters)) for letters in sorted(folds) if len(letters) == 1]
+        one = (_codes.IN, [*members, *(single for single in singles if single not in members)])
+        if (_codes.NEGATE, None) in members:
+            return one
+        ranges = self._ranges(one)
+        more = [
+            [(_codes.LITERAL, ord(letter)) for letter in letters]
+            for letters in sorted(folds)
+            if len(letters) > 1 and not (is_repeated and all(_is_in(letter, ranges) for letter in letters))
+        ]
+        return (_codes.BRANCH, (None, [[one], *more])) if more else one
 
     def width(self, nodes: Sequence[Any]) -> tuple[int, int]:
         least = most = 0
@@ -209,6 +268,21 @@ class _Writer:
         if op is _codes.MAX_REPEAT:
             return ("repeat", value[0], value[1], [self.sets(inner) for inner in value[2]], self.one(node))
         return ("set", self._ranges(node))
+
+    def at_end(self, nodes: Sequence[Any], end: int) -> list[tuple[int, int]]:
+        """The letters with which a match of the nodes may begin (`end` 0) or end (-1)."""
+        found: list[tuple[int, int]] = []
+        for node in nodes if end == 0 else reversed(nodes):
+            op, value = node
+            if op is _codes.BRANCH:
+                found += [pair for branch in value[1] for pair in self.at_end(branch, end)]
+            elif op is _codes.MAX_REPEAT:
+                found += self.at_end(value[2], end)
+            else:
+                found += self._ranges(node)
+            if self.width([node])[0] > 0:
+                break
+        return found
 
     def _ranges(self, node: Any) -> list[tuple[int, int]]:
         op, value = node
@@ -333,6 +407,19 @@ def _member(member: Any) -> str:
     if op is _codes.RANGE:
         return f"{_escaped(value[0])}-{_escaped(value[1])}"
     return _CATEGORIES[value]
+
+
+def _codes_of(members: Sequence[Any]) -> Iterator[int]:
+    """The letters beyond ASCII that a set names."""
+    for op, value in members:
+        if op is _codes.RANGE:
+            yield from range(max(value[0], 128), min(value[1], _LAST_FOLDED) + 1)
+        elif op is _codes.LITERAL and value > 127:
+            yield value
+
+
+def _is_in(letter: str, ranges: list[tuple[int, int]]) -> bool:
+    return any(low <= ord(letter) <= high for low, high in ranges)
 
 
 def _category_ranges(category: Any) -> list[tuple[int, int]]:

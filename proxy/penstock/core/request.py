@@ -99,10 +99,12 @@ class StreamRequest:
     audit_timeline: bool
     audit_masks: bool
     """Whether the caller wants a timeline in the audit, and no text of this stream in it."""
+    begun_text: str
+    """The beginning of the answer, where the request gives it and the engine goes on inside it."""
     last_user_text: str
     """What a guard model is told that was asked; the first 4096 characters."""
     wants_json: bool
-    """The answer is JSON, whose escapes moderation must read as what they stand for."""
+    """The engine is asked for a value."""
     tool_release: ToolRelease | None
     runs_tools: bool
     """Whether Penstock runs the tools that the deployment has bound."""
@@ -111,6 +113,15 @@ class StreamRequest:
     """Whether citations are looked for, where the deployment has patterns for them."""
     needs_engine_text: str | None
     """Which field of the request only vLLM's own text can answer, so that token ids will not do; None if none."""
+
+    @property
+    def json_in_answer(self) -> Literal["none", "all", "parts"]:
+        """Whether somebody will read the answer as JSON, or parts of it."""
+        wish = self.structured
+        if wish is not None and wish.sections:
+            return "parts"
+        is_value = wish is not None and wish.choices is None and wish.pattern is None
+        return "all" if self.wants_json or is_value else "none"
 
     @property
     def offered_tools(self) -> frozenset[str]:
@@ -168,6 +179,7 @@ def read_request(
         text_bytes=_text_bytes(request["messages"]),
         audit_timeline=options.get("audit", {}).get("timeline", False),
         audit_masks=options.get("audit", {}).get("mask", False),
+        begun_text=_begun_text(request),
         last_user_text=_last_user_text(request["messages"]),
         wants_json=_wants_json(request),
         tool_release=tool_release_of(options),
@@ -278,11 +290,21 @@ def _is_audit_options(value: Any) -> bool:
 def _last_user_text(messages: list[Any]) -> str:
     for message in reversed(messages):
         if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            parts = content if isinstance(content, list) else [{"text": content}]
-            texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-            return "\n".join(texts)[:_MOST_USER_TEXT]
+            return "\n".join(_texts(message))[:_MOST_USER_TEXT]
     return ""
+
+
+def _begun_text(request: Mapping[str, Any]) -> str:
+    last = request["messages"][-1] if request["messages"] else None
+    if request.get("continue_final_message") is not True or not isinstance(last, dict):
+        return ""
+    return "".join(_texts(last)) if last.get("role") == "assistant" else ""
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
 
 
 def _wants_json(request: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
-from penstock.core.patterns import Pattern
+from penstock.core.patterns import Pattern, Reading
 
 Action = Literal["redact", "halt", "flag"]
 RuleChannel = Literal["answer", "reasoning", "tools"]
@@ -52,8 +52,9 @@ class Span:
 class Scan:
     """What the rules say about a text. `held` and `kept` are lengths of ends of it.
 
-    The last `held` characters may yet become part of a match that is cut out, the last `kept` of any match. Where a
-    rule halts, the text counts as ending with the halting match, and nothing from `stop` on may go out.
+    The last `held` characters may yet become part of a match that is cut out, the last `kept` of any match, if more
+    text follows. Where a rule halts, the text counts as ending with the halting match, and nothing from `stop` on may
+    go out.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -143,7 +144,7 @@ class Scanner:
         hits = {place for place in found[1:] if self._all or place in self._places} if len(found) > 1 else None
         if not (kept or hits):
             return None
-        scan = Scan(held=0 if whole else held, kept=kept)
+        scan = Scan(held=held, kept=kept)
         if hits:
             self._judge(scan, text, sorted(hits), first, whole)
         return scan
@@ -168,63 +169,60 @@ class Scanner:
     def _judge(self, scan: Scan, text: str, hits: list[int], first: int, whole: bool) -> None:
         halts = [halt for n in hits if self._rules[n].action == "halt" for halt in self._halts(n, text, first, whole)]
         if halts:
-            scan.halt = min(halts, key=lambda span: (span.end, span.start))
-            text, whole = text[: scan.halt.end], False
-            until_then = Scan()
+            _, _, scan.halt = min(halts, key=lambda one: one[:2])
+            size, text, whole = len(text), text[: scan.halt.end], False
             reversed_data = text[::-1].encode("utf-8", "replace")
             ends = [_TRUTHY]
             self._backward.scan(reversed_data, _note_end, context=ends)
-            _, until_then.held = self._ends(text, text.encode("utf-8", "replace"), ends, first)
-            scan.stop = min(scan.halt.start, len(text) - until_then.held)
+            kept, held = self._ends(text, text.encode("utf-8", "replace"), ends, first)
+            scan.stop = min(scan.halt.start, len(text) - held)
+            scan.kept = size - len(text) + kept
         for place in hits:
             rule = self._rules[place]
             if rule.action != "halt":
                 scan.spans += _spans(rule, text, first, whole)
         scan.spans.sort(key=lambda span: (span.start, -span.end))
 
-    def _halts(self, place: int, text: str, first: int, whole: bool) -> Iterator[Span]:
-        """For each start the shortest match: what counts is when a rule first knew."""
+    def _halts(self, place: int, text: str, first: int, whole: bool) -> Iterator[tuple[int, int, Span]]:
+        """For each start the shortest match, behind where the rule knew of it: who knows first is told."""
         rule = self._rules[place]
-        for start, longest in _starts(rule.pattern, text, first):
-            shortest = range(start + rule.pattern.least, longest + 1)
-            for end in shortest:
-                if _is_match(rule, text, start, end, whole):
-                    yield Span(start, end, rule)
-                    break
+        for reading in rule.pattern.readings:
+            for start, longest in _starts(reading, text, first):
+                for end in range(start + rule.pattern.least, longest + 1):
+                    if _is_match(rule, reading, text, start, end, whole):
+                        knew = end if reading.after is None else end + 1
+                        yield knew, start, Span(start, end, rule)
+                        break
 
 
-def _starts(pattern: Pattern, text: str, first: int) -> Iterator[tuple[int, int]]:
+def _starts(reading: Reading, text: str, first: int) -> Iterator[tuple[int, int]]:
     """Every place where a match begins, and where the one that `re` prefers there ends."""
-    found = pattern.confirm.search(text, first)
+    found = reading.expression.search(text, first)
     while found is not None:
         yield found.span()
-        found = pattern.confirm.search(text, found.start() + 1)
+        found = reading.expression.search(text, found.start() + 1)
 
 
 def _spans(rule: Rule, text: str, first: int, whole: bool) -> Iterable[Span]:
-    for start, end in _starts(rule.pattern, text, first):
-        if rule.check is None:
-            if whole or end < len(text) or not rule.pattern.decided_by_next:
-                yield Span(start, end, rule)
-            continue
-        # A shorter number than the longest may be the one whose checksum is right.
-        for shorter in range(end, start + rule.pattern.least - 1, -1):
-            if _is_match(rule, text, start, shorter, whole):
-                yield Span(start, shorter, rule)
-                break
+    for reading in rule.pattern.readings:
+        for start, end in _starts(reading, text, first):
+            if rule.check is None:
+                if whole or end < len(text) or reading.after is None:
+                    yield Span(start, end, rule)
+                continue
+            # A shorter number than the longest may be the one whose checksum is right.
+            for shorter in range(end, start + rule.pattern.least - 1, -1):
+                if _is_match(rule, reading, text, start, shorter, whole):
+                    yield Span(start, shorter, rule)
+                    break
 
 
-def _is_match(rule: Rule, text: str, start: int, end: int, whole: bool) -> bool:
-    pattern = rule.pattern
-    if pattern.decided_by_next:
+def _is_match(rule: Rule, reading: Reading, text: str, start: int, end: int, whole: bool) -> bool:
+    if reading.after is not None:
         if end == len(text) and not whole:
             return False
         # `fullmatch` takes the text to end at its end; the next letter may say that the word goes on.
-        if not _ends_word(text, end):
+        if reading.after.match(text, end) is None:
             return False
-    found = pattern.confirm.fullmatch(text, start, end)
+    found = reading.expression.fullmatch(text, start, end)
     return found is not None and (rule.check is None or rule.check(text[start:end]))
-
-
-def _ends_word(text: str, end: int) -> bool:
-    return end >= len(text) or not (text[end].isalnum() or text[end] == "_") or not text[end].isascii()

@@ -22,10 +22,7 @@ class StructuredAnswers:
         out: list[Event] = []
         for item in items:
             if isinstance(item, Text) and item.channel is Channel.ANSWER and not (item.refusal or item.inlined):
-                if item.added:
-                    out.append(item)
-                else:
-                    self._choice(item.choice).text(item, out)
+                self._choice(item.choice).text(item, out)
             elif isinstance(item, Finished):
                 self._choice(item.choice).finish(item, out)
                 out.append(item)
@@ -68,7 +65,10 @@ class _Answer:
 
     def text(self, item: Text, out: list[Event]) -> None:
         self._pieces.append(item.text)
-        out.append(item if self._wish.shows_text else Withheld(item.choice, "marker", item.text, item.tokens))
+        if self._wish.shows_text:
+            out.append(item)
+        elif not item.added:
+            out.append(Withheld(item.choice, "marker", item.text, item.tokens))
 
     def finish(self, item: Finished, out: list[Event]) -> None:
         text = "".join(self._pieces)
@@ -99,6 +99,9 @@ class _Sections:
         self._extras = Extras()
 
     def text(self, item: Text, out: list[Event]) -> None:
+        if item.added:
+            self._add(item, out)
+            return
         self._extras.keep(item)
         text, self._held = self._held + item.text, ""
         while text:
@@ -113,6 +116,15 @@ class _Sections:
             out.append(Withheld(self._choice, "marker", found.group(), self._extras.take_tokens()))
             self._pass(out)
             text = text[found.end() :]
+
+    def _add(self, item: Text, out: list[Event]) -> None:
+        """A placeholder: part of what it stands in, and no delimiter."""
+        self.flush(out)
+        if self._pieces is not None:
+            self._pieces.append(item.text)
+        if self._pieces is None or self._wish.shows_text:
+            item.section = self._parts
+            out.append(item)
 
     def finish(self, item: Finished, out: list[Event]) -> None:
         self.flush(out)

@@ -262,7 +262,7 @@ class _ChoiceCalls:
         if item.arguments or item.tokens:
             out.append(Withheld(self._choice, "marker", item.arguments, item.tokens))
         if item.arguments.strip():
-            out.append(Warned("late_arguments", f"call {call.call_id} got more arguments after its JSON was whole"))
+            out.append(Warned("late_arguments", f"call {call.index} got more arguments after its JSON was whole"))
 
     def _new_call(self, engine_id: str | None, name: str) -> _Call:
         call_id = engine_id
@@ -311,7 +311,7 @@ class _ChoiceCalls:
     def _warn_of_double(self, call: _Call, out: list[Event]) -> None:
         if not call.is_doubled:
             call.is_doubled = True
-            out.append(Warned("doubled_delta", f"the engine sent parts of call {call.call_id} twice; they count once"))
+            out.append(Warned("doubled_delta", f"the engine sent parts of call {call.index} twice; they count once"))
 
     def _settle_surplus(self, call: _Call, out: list[Event]) -> None:
         """What came behind the last brace: the whole of the arguments once again is dropped, all else is theirs."""

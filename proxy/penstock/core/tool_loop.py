@@ -72,7 +72,7 @@ class ToolLoop:
         out: list[Event] = []
         for item in items:
             match item:
-                case Text(channel=Channel.ANSWER, added=False):
+                case Text(channel=Channel.ANSWER, inlined=False):
                     self._turn.text.append(item.text)
                 case ToolStarted():
                     item.runs_here = item.name in self._terms.bound

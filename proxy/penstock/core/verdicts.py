@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from penstock.core.errors import PolicyError
 from penstock.core.events import (
+    Annotation,
     Channel,
     EngineUsage,
     Event,
@@ -174,9 +175,11 @@ class Verdicts:
         match item:
             case Text() if not item.added:
                 is_thought = item.channel is Channel.REASONING or item.inlined
-                self._words(item, "reasoning" if is_thought else "answer", now, out)
-            case ToolArguments() if not item.added:
-                self._words(item, "tools", now, out)
+                self._words(item, item.text, "reasoning" if is_thought else "answer", now, out)
+            case ToolArguments():
+                self._words(item, item.text, "tools", now, out)
+            case Annotation() if item.inline and not item.length:  # the marker was taken out of the text
+                self._words(item, str(item.data["marker"]), "answer", now, out)
             case Finished():
                 self._ask_all(item.choice)
                 self._put(item, None, out)
@@ -188,7 +191,11 @@ class Verdicts:
             case _:
                 self._put(item, None, out)
 
-    def _words(self, item: Text | ToolArguments, channel: RuleChannel, now: float, out: list[Event]) -> None:
+    def _words(
+        self, item: Text | ToolArguments | Annotation, text: str, channel: RuleChannel, now: float, out: list[Event]
+    ) -> None:
+        if item.choice is None:
+            return
         window = self._windows.get((item.choice, channel))
         if window is None:
             window = self._windows[item.choice, channel] = _Window()
@@ -201,8 +208,8 @@ class Verdicts:
                 self._ask(*other, that)
         batch = window.batch
         if batch.open:
-            window.pieces.append(item.text)
-            window.size += len(item.text)
+            window.pieces.append(text)
+            window.size += len(text)
         self._put(item, batch if batch.gating else None, out)
         if self._watching is not None and window.size >= self._watching.window_chars:
             self._ask(item.choice, channel, window)
@@ -314,5 +321,5 @@ class Verdicts:
                 item.valid, item.status, item.arguments = False, "incomplete", "".join(told)
                 item.problem = item.problem or "moderation stopped the answer"
                 out.append(item)
-        elif isinstance(item, EngineUsage | Withheld):
+        elif isinstance(item, EngineUsage | Withheld) or (isinstance(item, Moderated) and item.action == "halt"):
             out.append(item)

@@ -1,6 +1,7 @@
 """The connections to classifiers: OpenAI's moderations shape, and a guard model on a vLLM's chat route."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,10 @@ from penstock.moderation_settings import ClassifierSettings, ModerationSettings
 
 _MOST_ANSWER_BYTES = 256 * 1024
 _MOST_CATEGORY = 64
+# What a guard model may call a category: not a sentence, in which it could repeat what it judged.
+_CODES = re.compile(
+    r"[A-Za-z]{0,3}[0-9]{1,3}(?:, ?[A-Za-z]{0,3}[0-9]{1,3}){0,7}|[A-Za-z]{1,20}(?:[_ /&-]{1,3}[A-Za-z]{1,20}){0,3}"
+)
 
 
 class Moderator:
@@ -54,12 +59,21 @@ class Moderator:
         if one.api_key is not None:
             headers["Authorization"] = f"Bearer {one.api_key.get_secret_value()}"
         body = _openai_body(one, text) if one.shape == "openai" else _guard_body(one, text, prompt)
-        async with self._session.post(one.url, data=orjson.dumps(body), headers=headers) as answer:
+        posting = self._session.post(one.url, data=orjson.dumps(body), headers=headers, allow_redirects=False)
+        async with posting as answer:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}")
-            content = await answer.content.read(_MOST_ANSWER_BYTES)
-            told = orjson.loads(content + await answer.content.read(_MOST_ANSWER_BYTES - len(content)))
+            told = orjson.loads(await _read(answer.content))
         return _openai_verdict(told) if one.shape == "openai" else _guard_verdict(told)
+
+
+async def _read(content: aiohttp.StreamReader) -> bytes:
+    data = b""
+    async for piece in content.iter_any():
+        data += piece
+        if len(data) > _MOST_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {_MOST_ANSWER_BYTES} bytes is no verdict")
+    return data
 
 
 def _watching(settings: ModerationSettings) -> Watching | None:
@@ -102,5 +116,6 @@ def _guard_verdict(told: Any) -> tuple[Opinion, str]:
         case "safe":
             return "pass", ""
         case "unsafe":
-            return "violation", lines[1].strip() if len(lines) > 1 else "unsafe"
+            named = lines[1].strip() if len(lines) > 1 else ""
+            return "violation", named if _CODES.fullmatch(named) else "unsafe"
     raise ValueError("the guard said neither safe nor unsafe")

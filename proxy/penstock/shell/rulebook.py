@@ -134,8 +134,20 @@ def compile_rules(rules: list[Rule]) -> Rulebook:
         caseless = hyperscan.HS_FLAG_CASELESS if rule.pattern.ignore_case else 0
         forward.add(rule.pattern.forward, place, caseless)
         backward.add(rule.pattern.backward, place, caseless)
-    digest = hashlib.sha256(repr([(r.id, r.action, r.pattern.forward) for r in rules]).encode()).hexdigest()[:16]
-    return Rulebook(tuple(rules), forward.compile(), backward.compile(), digest)
+    return Rulebook(tuple(rules), forward.compile(), backward.compile(), _digest(rules))
+
+
+def _digest(rules: list[Rule]) -> str:
+    """Names a set of rules in the audit: another one wherever anything of a rule is different."""
+    told = [
+        (
+            rule.id, rule.action, rule.category, rule.placeholder, sorted(rule.channels), rule.models, rule.keys,
+            rule.check.__name__ if rule.check else None, rule.pattern.forward, rule.pattern.ignore_case,
+            [reading.expression.pattern for reading in rule.pattern.readings],
+        )
+        for rule in rules
+    ]  # fmt: skip
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 class _Expressions:
@@ -199,19 +211,31 @@ class Rulekeeper:
         self._seen = seen
         try:
             self.rulebook = await asyncio.to_thread(load_rulebook, self._settings)
-        except SettingsError as error:
+        except Exception as error:  # whatever is wrong with a file, the rules in force are kept and watched on
             _log.error("the moderation rules in force stay as they were: %s", error)
         else:
             _log.info("the moderation rules were read again: %s", self.rulebook.digest if self.rulebook else "none")
 
     def _fingerprint(self) -> tuple[tuple[str, int, int, int], ...]:
-        paths = [Path(pack.name) for pack in self._settings.packs if pack.name not in shipped_packs()]
-        paths += [rule.words_file for rule in self._settings.rules if rule.words_file is not None]
+        """Of the files of packs and words, those that a pack's file names included."""
+        packs = [Path(pack.name) for pack in self._settings.packs if pack.name not in shipped_packs()]
         marks = []
-        for path in paths:
+        for path in [*packs, *sorted(_word_files(self._settings))]:
             try:
                 state = path.stat()
             except OSError:
                 continue
             marks.append((str(path), state.st_mtime_ns, state.st_size, state.st_ino))
         return tuple(marks)
+
+
+def _word_files(settings: ModerationSettings) -> set[Path]:
+    rules = list(settings.rules)
+    for pack in settings.packs:
+        if pack.name in shipped_packs():
+            continue
+        try:
+            rules += _read_pack(pack.name).rules
+        except SettingsError:
+            continue  # the file itself is watched
+    return {rule.words_file for rule in rules if rule.words_file is not None}

@@ -328,8 +328,9 @@ class LoopedAnswer:
         try:
             while not ear.is_over:
                 await self._listen(ear)
-                if ear.is_over or not self._turn_is_over.is_set():
+                if ear.is_over:
                     return
+                await self._turn_is_over.wait()  # the engine has said all, and a verdict on it may still be out
                 self._turn_is_over.clear()
                 for run in self._runs:
                     task = asyncio.create_task(self._run(run, ear))
