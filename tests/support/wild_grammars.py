@@ -24,7 +24,7 @@ from penstock_vllm.grammar_stop import _Value
 from penstock_vllm.white_space import CHARACTERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.grammar_oracle import Walks
+from support.grammar_oracle import Walks, byte_level
 
 LONGEST = 60
 DEEPEST = 7
@@ -279,7 +279,7 @@ def is_blank(text: bytes) -> bool:
 
 def main() -> None:
     seed, walks = map(int, sys.argv[1:3])
-    wild = WildWalks(seed)
+    wild = WildWalks(seed, byte_level())
     wild.run(walks)
     print(json.dumps({"counts": wild.counts, "wrong": wild.wrong}, ensure_ascii=False))
 
