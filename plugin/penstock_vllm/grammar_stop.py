@@ -158,12 +158,12 @@ def _step(
         ids, stopped = append([token])
         kept += ids
         value.accepted = advance(ids)
-        if not value.accepted:
-            rest, stopped = append(new_token_ids[position + 1 :])
-            return kept + rest, stopped
         if stopped:
             value.name_cause(request)
             return kept, True
+        if not value.accepted:
+            rest, stopped = append(new_token_ids[position + 1 :])
+            return kept + rest, stopped
         if value.is_over(request):
             return _end(scheduler, request, value, kept)
     return kept, False

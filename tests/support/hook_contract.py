@@ -211,6 +211,11 @@ def check_a_token_that_the_grammar_refuses_is_for_vllm_to_judge() -> None:
         kept, stopped = step.scheduler._update_request_with_output(step.request, new)
         assert (kept, stopped) == (ids("1a2"), False)
         assert not step.scheduler.structured_output_manager.accept_tokens(step.request, kept)
+    for step in every(stop_token_ids=ids("a")):
+        step.request.num_output_placeholders = 3
+        kept, stopped = step.scheduler._update_request_with_output(step.request, ids("1a2"))
+        assert (kept, stopped) == (ids("1a"), True)
+        assert not step.scheduler.structured_output_manager.accept_tokens(step.request, kept)
 
 
 def check_an_error_of_ours_lets_the_request_go_on() -> None:

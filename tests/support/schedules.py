@@ -61,12 +61,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
     # Room is given back whole: a second round is served as the first.
     again = [output.outputs[0].text for output in engine.generate(prompts, wanted, use_tqdm=False)]
+    scheduler = vars(engine.llm_engine.engine_core.engine_core.scheduler)
+    hooked = ["_update_request_with_output" in scheduler]
+    engine.generate(prompts[:1], SamplingParams(max_tokens=2), use_tqdm=False)
+    hooked.append("_update_request_with_output" in scheduler)
     return {
         "lengths": LENGTHS,
         "texts": [output.text for output in outputs],
         "tokens": [len(output.token_ids) for output in outputs],
         "reasons": sorted({f"{output.finish_reason} {output.stop_reason}" for output in outputs}),
         "same again": again == [output.text for output in outputs],
+        "hooked with and without": hooked,
         "preemptions": metrics.get("vllm:num_preemptions"),
         "accepted drafts": metrics.get("vllm:spec_decode_num_accepted_tokens"),
         "cache usage": metrics.get("vllm:kv_cache_usage_perc"),
