@@ -9,7 +9,8 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from penstock_vllm import notations
@@ -24,6 +25,7 @@ REQUEST_SETTING: Final = "grammar_stop"
 STOP_REASON: Final = "grammar"
 
 _MARK: Final = "_penstock_grammar_stop"
+_WATCH: Final = "_penstock_watch"
 _STATE: Final = "_penstock_value"
 _ENDS: Final = "_penstock_ends"
 
@@ -47,23 +49,22 @@ def install() -> str | None:
 
 def install_on(scheduler: Any, manager: Any) -> str | None:
     """`install`, on given classes. A second time changes nothing."""
-    update: Any = getattr(scheduler, "_update_request_with_output", None)
-    if getattr(update, _MARK, False):
+    add: Any = getattr(scheduler, "add_request", None)
+    if getattr(add, _MARK, False):
         return None
     accept: Any = getattr(manager, "accept_tokens", None)
     if accept is None:
         return "StructuredOutputManager has no accept_tokens (vLLM 0.30 is the first that has)"
+    update: Any = getattr(scheduler, "_update_request_with_output", None)
     for name, method, known in (
+        ("Scheduler.add_request", add, ["self", "request"]),
         ("Scheduler._update_request_with_output", update, ["self", "request", "new_token_ids"]),
         ("StructuredOutputManager.accept_tokens", accept, ["self", "request", "new_token_ids"]),
     ):
-        takes = list(inspect.signature(method).parameters)[:3]
+        takes = list(inspect.signature(method).parameters)[: len(known)]
         if takes != known:
             return f"{name} takes {takes} and is not what this plugin knows"
-    hooked = _watched(update, accept)
-    setattr(hooked, _MARK, True)
-    scheduler._update_request_with_output = hooked
-    manager.accept_tokens = _once(accept)
+    scheduler.add_request = _watching(add)
     manager.__init__ = _prepared(manager.__init__)
     return None
 
@@ -79,23 +80,68 @@ def _prepared(original: Callable[..., None]) -> Callable[..., None]:
     return initialise
 
 
-def _watched(update: Callable[..., Any], accept: Callable[..., bool]) -> Callable[..., Any]:
-    @functools.wraps(update)
-    def update_request(self: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
-        if request.structured_output_request is None or not new_token_ids:
-            return update(self, request, new_token_ids, *args, **kwargs)
-        manager = self.structured_output_manager
+def _watching(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        watch: Watch | None = self.__dict__.get(_WATCH)
+        if watch is None:
+            watch = Watch(self)
+            setattr(self, _WATCH, watch)
+        watch.sees(request)
+        original(self, request, *args, **kwargs)
 
-        def append(ids: list[int]) -> tuple[list[int], bool]:
-            appended: tuple[list[int], bool] = update(self, request, ids, *args, **kwargs)
-            return appended
+    setattr(add_request, _MARK, True)
+    return add_request
 
-        def advance(ids: list[int]) -> bool:
-            return accept(manager, request, ids)
 
-        return _step(self, request, new_token_ids, append, advance)
+class Watch:
+    """Stands between a scheduler and its own methods while it has structured requests: free text alone pays nothing."""
 
-    return update_request
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._structured: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.is_on = False
+
+    def sees(self, request: Any) -> None:
+        """Of each new request, before it is scheduled. That the last structured one has gone shows at the next one."""
+        if getattr(request, "structured_output_request", None) is not None:
+            self._structured.add(request)
+        if self._structured and not self.is_on:
+            self._enter()
+        elif self.is_on and not self._structured:
+            self._leave()
+
+    def _enter(self) -> None:
+        scheduler, manager = self._scheduler, self._scheduler.structured_output_manager
+        update, accept = scheduler._update_request_with_output, manager.accept_tokens
+
+        # On these two objects, not their classes: whoever else hooks those is heard as before.
+        def update_request(request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+            if request.structured_output_request is None or not new_token_ids:
+                return update(request, new_token_ids, *args, **kwargs)
+
+            def append(ids: list[int]) -> tuple[list[int], bool]:
+                appended: tuple[list[int], bool] = update(request, ids, *args, **kwargs)
+                return appended
+
+            return _step(scheduler, request, new_token_ids, append, lambda ids: accept(request, ids))
+
+        def accept_tokens(request: Any, new_token_ids: list[int]) -> bool:
+            """vLLM advances the grammar after each step; here that has been done."""
+            value: _Value | None = request.__dict__.get(_STATE)
+            if value is None or value.accepted is None:
+                taken: bool = accept(request, new_token_ids)
+                return taken
+            accepted, value.accepted = value.accepted, None
+            return accepted
+
+        scheduler._update_request_with_output = update_request
+        manager.accept_tokens = accept_tokens
+        self.is_on = True
+
+    def _leave(self) -> None:
+        del self._scheduler._update_request_with_output, self._scheduler.structured_output_manager.accept_tokens
+        self.is_on = False
 
 
 def _step(
@@ -112,12 +158,12 @@ def _step(
         ids, stopped = append([token])
         kept += ids
         value.accepted = advance(ids)
-        if not value.accepted:
-            rest, stopped = append(new_token_ids[position + 1 :])
-            return kept + rest, stopped
         if stopped:
             value.name_cause(request)
             return kept, True
+        if not value.accepted:
+            rest, stopped = append(new_token_ids[position + 1 :])
+            return kept + rest, stopped
         if value.is_over(request):
             return _end(scheduler, request, value, kept)
     return kept, False
@@ -129,14 +175,11 @@ def _end(scheduler: Any, request: Any, value: "_Value", kept: list[int]) -> tupl
         structured = request.structured_output_request
         structured.grammar = OnlyTheEnd(structured.grammar, request.sampling_params.eos_token_id)
         return kept, False
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.request import RequestStatus
 
     # vLLM takes the last token of a stopped request for its stop token and leaves it out of the text.
     end = request.sampling_params.eos_token_id
     request.append_output_token_ids(end)
-    if isinstance(scheduler, AsyncScheduler):  # it reserved a place for each token, and gives each back
-        request.num_output_placeholders += 1
     request.status = RequestStatus.FINISHED_STOPPED
     value.is_ending = True
     value.name_cause(request)
@@ -152,20 +195,6 @@ def _needs_the_models_own_end(scheduler: Any, request: Any) -> bool:
         or getattr(scheduler, "return_sampling_mask", False)
         or getattr(scheduler.vllm_config.model_config, "enable_return_routed_experts", False)
     )
-
-
-def _once(accept: Callable[..., bool]) -> Callable[..., bool]:
-    """The scheduler advances the grammar after each step; here that has been done."""
-
-    @functools.wraps(accept)
-    def accept_tokens(self: Any, request: Any, new_token_ids: list[int]) -> bool:
-        value: _Value | None = request.__dict__.get(_STATE)
-        if value is None or value.accepted is None:
-            return accept(self, request, new_token_ids)
-        accepted, value.accepted = value.accepted, None
-        return accepted
-
-    return accept_tokens
 
 
 def _value_of(scheduler: Any, request: Any) -> "_Value":
@@ -233,7 +262,7 @@ class Ends:
         return bits
 
     def left(self, backend: Any, grammar: Any, ends: tuple[int, ...]) -> tuple[str, int | None]:
-        """What the grammar allows beside `ends`: "nothing", "white space" or "text", and a token of that text."""
+        """What the grammar allows beside `ends`: "nothing", "white space" or "text", and a token of that."""
         if self._buffer is None:
             self._buffer = backend.allocate_token_bitmask(1)
         self._buffer.fill_(0)
@@ -242,11 +271,9 @@ class Ends:
         if not row.any():
             return "nothing", None
         text = row & ~self._bits(self._white)
-        word = int(text.argmax())
-        bits = int(text[word])
-        return ("text", word * 32 + (bits & -bits).bit_length() - 1) if bits else ("white space", None)
+        return ("text", _first(text)) if text.any() else ("white space", _first(row))
 
-    def text(self, ids: list[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
         """Raises `UnclearError` where the ids are no whole characters."""
         if self.vocabulary is None:
             raise UnclearError("no vocabulary")
@@ -262,6 +289,13 @@ class Ends:
         return tuple(sorted({parameters.eos_token_id, *stops}))
 
 
+def _first(row: Any) -> int:
+    """The number of a bit that is set."""
+    word = int(row.argmax())
+    bits = int(row[word])
+    return word * 32 + (bits & -bits).bit_length() - 1
+
+
 def _machine(kind: str, source: str) -> Machine | None:
     try:
         return Machine(_WRITTEN[kind](source))
@@ -272,7 +306,18 @@ def _machine(kind: str, source: str) -> Machine | None:
 class _Value:
     """The structured value of one request while it is generated."""
 
-    __slots__ = ("_backend", "_ends", "_from", "_readings", "_seen", "_text", "accepted", "is_ending", "watched")
+    __slots__ = (
+        "_backend",
+        "_ends",
+        "_from",
+        "_is_clear",
+        "_onward",
+        "_readings",
+        "_seen",
+        "accepted",
+        "is_ending",
+        "watched",
+    )
 
     def __init__(self, ends: Ends, manager: Any, request: Any) -> None:
         self._ends = ends
@@ -286,7 +331,9 @@ class _Value:
         self._from: range | None = None if gated else range(1)
         self._readings: dict[int, Reading] | None = None
         self._seen = 0
-        self._text: int | None = None
+        self._is_clear = True
+        self._onward: int | None = None
+        """A token that showed, when it was allowed last, that the value was not over."""
         self.accepted: bool | None = None
         self.is_ending = False
         wanted = (request.sampling_params.extra_args or {}).get(REQUEST_SETTING, 1)
@@ -339,25 +386,30 @@ class _Value:
         if grammar.validate_tokens([end]) != [end]:
             return False
         # A number that may grow may mostly grow by the same digit again: asked that, no mask is needed.
-        if self._text is not None and grammar.validate_tokens([self._text]):
+        if self._onward is not None and grammar.validate_tokens([self._onward]):
             return False
-        left, self._text = self._ends.left(self._backend.backend, grammar, self._ends.end_ids(parameters))
-        if left == "white space":
-            return request.num_output_tokens >= parameters.min_tokens and self._ends_in_white_space(request)
-        # Even before min_tokens: there is no token left that the grammar would take.
-        return left == "nothing"
+        left, token = self._ends.left(self._backend.backend, grammar, self._ends.end_ids(parameters))
+        if left == "nothing":  # even before min_tokens: there is no token left that the grammar would take
+            return True
+        over = left == "white space" and self._ends_in_white_space(request)
+        if left == "text" or not self._is_clear:
+            self._onward = token
+        return over and request.num_output_tokens >= parameters.min_tokens
 
     def _ends_in_white_space(self, request: Any) -> bool:
         """Asks the grammar itself: to a mask, which shows the next token only, `a( b)?` looks like `a ?`."""
+        if not self._is_clear:
+            return False
         try:
             readings = self._read(request)
         except UnclearError:
-            self.watched = False
+            self._is_clear = False
             return False
         whole = [reading for reading in readings if reading.is_whole]
         return bool(whole) and all(reading.can_only_add_white_space for reading in whole)
 
     def _read(self, request: Any) -> list[Reading]:
+        """None yet where the text is long: the rest is read at the next token that looks like the end."""
         ids = request.output_token_ids
         if self._readings is None:
             kind, source = request.structured_output_request.structured_output_key
@@ -370,7 +422,8 @@ class _Value:
             for start, reading in self._readings.items():
                 reading.feed(self._ends.text(list(ids[start : self._seen])))
         new = self._ends.text(list(ids[self._seen :]))
+        self._seen = len(ids)
         for reading in self._readings.values():
             reading.feed(new)
-        self._seen = len(ids)
-        return list(self._readings.values())
+        read = [reading.catch_up() for reading in self._readings.values()]
+        return list(self._readings.values()) if all(read) else []

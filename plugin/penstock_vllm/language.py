@@ -16,8 +16,9 @@ Ranges = tuple[tuple[int, int], ...]
 LAST: Final = 0x10FFFF
 MOST_STATES: Final = 20_000
 MOST_STEPS: Final = 10_000
-"""States visited while one text is read, some three a character: an engine step may have to wait for that once, and a
-text of 400 characters took 6 ms on a busy machine (`bench/grammar_processor.py`)."""
+"""At a time, four to twelve a character: as long, some 10 ms, may an engine step have to wait."""
+MOST_CHARACTERS: Final = 100_000
+"""Of one text: each keeps a little memory."""
 
 
 class UnclearError(Exception):
@@ -212,20 +213,32 @@ _Item = tuple[int, int]
 
 
 class Reading:
-    """One text, as far as it has come. Every question is about what has been fed."""
+    """One text, as far as it has come. Every question is about what has been read of it."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._left = MOST_STEPS
+        self._unread = ""
         self._callers: list[dict[int, list[_Item]]] = []
         """Of each place: who waits there for a rule that began there."""
         self._items: set[_Item] = set()
         self._close([(machine.starts[0], 0)])
 
     def feed(self, letters: str) -> None:
-        """Raises `UnclearError` beyond `MOST_STEPS`."""
-        steps = self._machine.steps
-        for letter in letters:
+        """Raises `UnclearError` beyond `MOST_CHARACTERS`."""
+        self._unread += letters
+        if len(self._callers) + len(self._unread) > MOST_CHARACTERS:
+            raise UnclearError(f"more than {MOST_CHARACTERS} characters")
+
+    def catch_up(self) -> bool:
+        """Reads what has been fed, about `MOST_STEPS` at a time: whether that was all of it.
+
+        Raises `UnclearError` where a single character needs more than those.
+        """
+        steps, left = self._machine.steps, MOST_STEPS
+        for number, letter in enumerate(self._unread):
+            if left <= 0:
+                self._unread = self._unread[number:]
+                return False
             point = ord(letter)
             following = [
                 (target, origin)
@@ -233,17 +246,21 @@ class Reading:
                 for ranges, target in steps[state]
                 if any(first <= point <= last for first, last in ranges)
             ]
-            self._close(following)
+            left -= self._close(following)
+        self._unread = ""
+        return True
 
-    def _close(self, items: list[_Item]) -> None:
-        """Everything that can be reached from `items` without a character."""
+    def _close(self, items: list[_Item]) -> int:
+        """Everything that can be reached from `items` without a character, and in how many steps."""
         machine, place = self._machine, len(self._callers)
         here: dict[int, list[_Item]] = {}
         self._callers.append(here)
         found: set[_Item] = set()
         nothing: set[int] = set()
+        steps = 1
         while items:
             item = items.pop()
+            steps += 1
             if item in found:
                 continue
             found.add(item)
@@ -259,10 +276,10 @@ class Reading:
                 items += self._callers[origin].get(rule, ())
                 if origin == place:
                     nothing.add(rule)
-        self._left -= len(found)
-        if self._left < 0:
-            raise UnclearError(f"more than {MOST_STEPS} steps")
+            if steps + len(items) > MOST_STEPS:
+                raise UnclearError(f"more than {MOST_STEPS} steps")
         self._items = found
+        return steps
 
     @property
     def is_whole(self) -> bool:

@@ -289,7 +289,7 @@ def _group(scanner: _Scanner, atom: _Atom, end: str) -> Node:
 _LARK_BLANK: Final = re.compile(r"(?:\s|//[^\n]*)*")
 _LARK_HEAD: Final = re.compile(r"[?!]?([A-Za-z_][A-Za-z0-9_]*)[ \t]*:")
 _LARK_REGEX: Final = re.compile(r"/((?:[^/\\\n]|\\.)+)/([a-z]*)")
-_LARK_TIMES: Final = re.compile(r"~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
+_LARK_TIMES: Final = re.compile(r"[ \t]*~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 
 
 def _lark(source: str) -> dict[str, Node]:
@@ -319,6 +319,8 @@ def _lark_atom(scanner: _Scanner) -> Node | None:
         node = _lark_string(scanner)
     elif scanner.takes("("):
         node = _group(scanner, _lark_atom, ")")
+    elif scanner.takes("["):
+        node = Repeat(_group(scanner, _lark_atom, "]"), 0, 1)
     else:
         raise scanner.unclear(repr(scanner.next))
     if times := scanner.matches(_LARK_TIMES):

@@ -24,7 +24,7 @@ def told_by(script: str, *arguments: str) -> Any:
 
 
 def test_the_hook_on_the_scheduler() -> None:
-    assert len(told_by("hook_contract.py")) >= 12
+    assert len(told_by("hook_contract.py")) >= 15
 
 
 def test_the_processor_and_both_runners() -> None:
@@ -42,6 +42,7 @@ def test_schedules(schedule: str) -> None:
     assert told["longest run"] > 1 or schedule != "speculative"
     assert told["reasons"] == ["stop grammar"]
     assert told["same again"]
+    assert told["hooked with and without"] == [True, False]
     assert told["preemptions"] > 0
     assert told["cache usage"] == 0
     assert (told["accepted drafts"] or 0) > 100 or schedule != "speculative"

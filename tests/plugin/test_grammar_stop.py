@@ -132,6 +132,62 @@ async def test_logprobs_are_the_models_own_to_the_last_token(direct: Caller) -> 
     assert len(choice["logprobs"]["content"]) == body["usage"]["completion_tokens"] == 4
 
 
+SHAPES: dict[str, Json] = {
+    "plain": {},
+    "ids": {"return_token_ids": True},
+    "its end shown": {"include_stop_str_in_output": True},
+    "special tokens shown": {"skip_special_tokens": False, "return_token_ids": True},
+    "both": {"skip_special_tokens": False, "include_stop_str_in_output": True},
+    "logprobs": {"logprobs": True, "top_logprobs": 1, "return_token_ids": True},
+    "choices": {"n": 3, "temperature": 1, "seed": 7, "return_token_ids": True},
+    "streamed": {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_client_cannot_tell_our_end_from_the_models(direct: Caller, shape: str) -> None:
+    """Texts, ids, logprobs and usage are those of an answer that the model itself ended; only the reason is told."""
+    request = structured(regex="[0-9]{3}", **SHAPES[shape])
+    ours = (await direct.chat(**request)).body.decode()
+    models = (await direct.chat(**request, vllm_xargs={"grammar_stop": 0})).body.decode()
+    assert '"stop_reason":"grammar"' in ours
+    assert '"stop_reason":"grammar"' not in models
+    assert what_was_said(ours) == what_was_said(models)
+    assert what_was_said(ours)[1]["completion_tokens"] == 4 * request.get("n", 1)
+
+
+def what_was_said(answer: str) -> tuple[list[Json], Json]:
+    """All choices, without the reason, and the usage; the pieces of a stream are put together."""
+    whole = answer.removeprefix("data: ").split("\n\ndata: ")
+    bodies = [json.loads(one) for one in whole if not one.startswith("[DONE]")]
+    said: dict[int, Json] = {}
+    for choice in (choice for body in bodies for choice in body["choices"]):
+        message = choice.get("message") or choice["delta"]
+        one = said.setdefault(choice["index"], {"text": "", "ids": [], "logprobs": []})
+        one["text"] += message.get("content") or ""
+        one["ids"] += choice.get("token_ids") or []
+        one["logprobs"] += [(it["token"], [top["token"] for top in it["top_logprobs"]]) for it in logprobs_of(choice)]
+        one["reason"] = choice.get("finish_reason")
+    usage = next(body["usage"] for body in reversed(bodies) if body.get("usage"))
+    return [said[index] for index in sorted(said)], {
+        name: usage[name] for name in ("prompt_tokens", "completion_tokens")
+    }
+
+
+def logprobs_of(choice: Json) -> list[Json]:
+    content: list[Json] = (choice.get("logprobs") or {}).get("content") or []
+    return content
+
+
+@pytest.mark.parametrize("regex", [r"\s*", r"(\s*[0-9])?\s*"])
+async def test_a_grammar_that_accepts_at_once(direct: Caller, regex: str) -> None:
+    """The engine must generate something: a blank, or the end."""
+    text, reason, _, tokens = await answer(direct, **structured(regex=regex, max_tokens=100))
+    assert (text.strip().rstrip("0123456789"), reason) == ("", "stop")
+    assert tokens < 100
+    assert tokens <= 3 or "[0-9]" in regex
+
+
 async def test_min_tokens_is_kept_while_there_is_something_to_generate(direct: Caller) -> None:
     _, reason, stop, tokens = await answer(direct, **structured(regex=TAIL, min_tokens=10))
     assert (reason, stop) == ("stop", "grammar")
@@ -154,6 +210,8 @@ async def test_a_stop_token_of_the_request_comes_first(direct: Caller, script: S
 
 async def test_a_stop_string_and_the_name_of_the_cause(direct: Caller) -> None:
     assert (await answer(direct, **structured(regex=TAIL, stop=["2"])))[1:3] == ("stop", "2")
+    # Both in one step, the string's own is told: it is cut off, as always.
+    assert (await answer(direct, **structured(regex=TAIL, stop=["222"])))[:3] == ("", "stop", "222")
     # A request that stops at this word itself is not told of a cause of that name.
     assert (await answer(direct, **structured(regex=TAIL, stop=["grammar"])))[:3] == ("222", "stop", None)
 

@@ -10,6 +10,9 @@ from penstock_vllm.endpoint import PenstockRoutes
 
 
 class Scheduler:
+    def add_request(self, request: Any) -> None:
+        raise NotImplementedError
+
     def _update_request_with_output(self, request: Any, new_token_ids: list[int]) -> tuple[list[int], bool]:
         raise NotImplementedError
 
@@ -28,24 +31,29 @@ def test_a_second_time_changes_nothing() -> None:
     scheduler = type("Scheduler", (), dict(Scheduler.__dict__))
     manager = type("Manager", (), dict(Manager.__dict__))
     assert grammar_stop.install_on(scheduler, manager) is None
-    hooked = (vars(scheduler)["_update_request_with_output"], vars(manager)["accept_tokens"])
+    hooked = (vars(scheduler)["add_request"], vars(manager)["__init__"])
+    assert hooked[0] is not Scheduler.add_request
     assert grammar_stop.install_on(scheduler, manager) is None
-    assert (vars(scheduler)["_update_request_with_output"], vars(manager)["accept_tokens"]) == hooked
+    assert (vars(scheduler)["add_request"], vars(manager)["__init__"]) == hooked
 
 
 def test_a_vllm_before_0_30_has_no_accept_tokens() -> None:
     class Older:
         pass
 
-    before = Scheduler._update_request_with_output
+    before = Scheduler.add_request
     problem = grammar_stop.install_on(Scheduler, Older)
     assert problem == "StructuredOutputManager has no accept_tokens (vLLM 0.30 is the first that has)"
-    assert Scheduler._update_request_with_output is before
+    assert Scheduler.add_request is before
 
 
 def test_another_signature_is_not_hooked() -> None:
-    class Other:
-        def _update_request_with_output(self, outputs: Any) -> None:
+    class Other(Scheduler):
+        def _update_request_with_output(self, outputs: Any) -> None:  # type: ignore[override]  # on purpose
+            raise NotImplementedError
+
+    class Another(Scheduler):
+        def add_request(self, requests: list[Any]) -> None:  # on purpose
             raise NotImplementedError
 
     class OtherManager:
@@ -54,6 +62,9 @@ def test_another_signature_is_not_hooked() -> None:
 
     assert grammar_stop.install_on(Other, Manager) == (
         "Scheduler._update_request_with_output takes ['self', 'outputs'] and is not what this plugin knows"
+    )
+    assert grammar_stop.install_on(Another, Manager) == (
+        "Scheduler.add_request takes ['self', 'requests'] and is not what this plugin knows"
     )
     assert grammar_stop.install_on(Scheduler, OtherManager) == (
         "StructuredOutputManager.accept_tokens takes ['self', 'tokens', 'request'] and is not what this plugin knows"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock_vllm.language import MOST_STATES, MOST_STEPS, Grammar, Machine, Reading, UnclearError
+from penstock_vllm.language import MOST_CHARACTERS, MOST_STATES, MOST_STEPS, Grammar, Machine, Reading, UnclearError
 from penstock_vllm.notations import grammar, regular_expression
 
 JSON_LIKE = r"""
@@ -23,6 +23,7 @@ def over(language: Grammar, text: str) -> bool:
     """Whether the text is whole, and nothing but white space can follow."""
     reading = Reading(Machine(language))
     reading.feed(text)
+    assert reading.catch_up()
     return reading.is_whole and reading.can_only_add_white_space
 
 
@@ -78,8 +79,9 @@ def test_lark(text: str, expected: bool) -> None:
 
 
 def test_lark_ends() -> None:
-    ends = grammar('start: "a"~2 b{1,2} // twice\n  | "c" WS*\nb: "x" "y"?\nWS: /[ \\n]/\n')
-    assert over(ends, "aaxyxy")
+    ends = grammar('start: "a" ~ 2 b{1,2} ["z" " "] // twice\n  | "c" WS*\nb: "x" "y"?\nWS: /[ \\n]/\n')
+    assert not over(ends, "aaxyxy")
+    assert over(ends, "aaxyxyz ")
     assert not over(ends, "aaxy")
     assert over(ends, "c \n")
 
@@ -151,7 +153,26 @@ def test_a_grammar_that_is_not_certain_is_not_read(source: str) -> None:
         Machine(grammar(source))
 
 
+def test_a_long_text_is_read_a_part_at_a_time() -> None:
+    reading = Reading(Machine(regular_expression(r"(a|b|c|d)*1\s*")))
+    reading.feed("a" * MOST_STEPS)
+    parts = 1
+    while not reading.catch_up():
+        parts += 1
+        assert not reading.is_whole
+    assert parts > 5
+    reading.feed("1 ")
+    assert reading.catch_up()
+    assert reading.is_whole
+    assert reading.can_only_add_white_space
+
+
 def test_reading_is_bounded() -> None:
-    reading = Reading(Machine(regular_expression("(a|b|c|d)*")))
+    reading = Reading(Machine(regular_expression("(a|b)*")))
     with pytest.raises(UnclearError):
-        reading.feed("a" * MOST_STEPS)
+        reading.feed("a" * (MOST_CHARACTERS + 1))
+    # So ambiguous that the ways to read it grow with every letter.
+    reading = Reading(Machine(grammar('root ::= a*\na ::= a a | "x"')))
+    reading.feed("x" * 1000)
+    with pytest.raises(UnclearError):
+        any(reading.catch_up() for _ in range(1000))

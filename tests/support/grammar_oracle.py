@@ -3,9 +3,10 @@
     .venv-vllm/bin/python tests/support/grammar_oracle.py SEED CASES
 
 Run by the engine's interpreter. Each case makes up a language, writes it as a regular expression and as EBNF, lets a
-back end mask a tiny vocabulary, and walks through it at random, token by token. After each token the scheduler's rule
-and the processor's tensors say whether the value is over; the oracle takes the language's derivative (Brzozowski) by
-the text instead, and looks through all that could follow. Prints one JSON object; `wrong` is to be empty.
+back end mask a tiny vocabulary (half of them byte-level, half with a sign for a blank and byte tokens), and walks
+through it at random, token by token. After each token the scheduler's rule and the processor's tensors say whether the
+value is over; the oracle takes the language's derivative (Brzozowski) by the text instead, and looks through all that
+could follow. Prints one JSON object; `wrong` is to be empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,9 @@ from penstock_vllm.grammar_stop import Ends, _Value
 from penstock_vllm.tails import mask_tells_the_end
 from penstock_vllm.vocabulary import BYTE_LETTERS, TokenizerVocabulary
 from penstock_vllm.white_space import CHARACTERS, white_space_tokens
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support.tokenizers_made import made
 
 LETTERS = "ab1“é \n"
 MERGES = ("  ", "\n\n", " a", "\n1", "ab", "1 ", "\n\n\n", " \n", "“a", "aé")
@@ -172,7 +177,7 @@ def is_nested_whole(letters: str) -> bool:
 # --- The walk -------------------------------------------------------------------------------------------
 
 
-def tokenizer() -> Any:
+def byte_level() -> Any:
     letter = {byte: letter for letter, byte in BYTE_LETTERS.items()}
     spelled = ["".join(letter[byte] for byte in merge.encode()) for merge in MERGES]
     half = letter[0x20] + letter["“".encode()[0]]
@@ -183,10 +188,15 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
 
 
+def byte_fallback() -> Any:
+    """SentencePiece's kind: a sign for a blank, and a token for each byte beside those of letters."""
+    return PreTrainedTokenizerFast(tokenizer_object=made("llama").tokenizer, eos_token="</s>")
+
+
 class Walks:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, tokenizer: Any) -> None:
         self.source = random.Random(seed)
-        self.tokenizer = tokenizer()
+        self.tokenizer = tokenizer
         self.end = self.tokenizer.eos_token_id
         size = len(self.tokenizer)
         config = SimpleNamespace(
@@ -322,12 +332,15 @@ class Walks:
 
 def main() -> None:
     seed, cases = map(int, sys.argv[1:3])
-    walks = Walks(seed)
-    for _ in range(cases):
-        walks.case()
-        if len(walks.wrong) >= 20:
-            break
-    print(json.dumps({"counts": walks.counts, "wrong": walks.wrong}))
+    counts: Counter[str] = Counter()
+    wrong: list[dict[str, Any]] = []
+    for tokenizer in (byte_level(), byte_fallback()):
+        walks = Walks(seed, tokenizer)
+        for _ in range(cases // 2):
+            walks.case()
+        counts += walks.counts
+        wrong += walks.wrong[:20]
+    print(json.dumps({"counts": counts, "wrong": wrong}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -75,6 +76,8 @@ class Step:
         self.scheduler.max_model_len = 1000
         self.scheduler.vllm_config = CONFIG
         self.scheduler.kv_cache_manager = SimpleNamespace(cache_blocks=lambda *_: None)
+        self.watch = grammar_stop.Watch(self.scheduler)
+        self.watch.sees(self.request)
 
     def brings(self, text: str, *more: int) -> tuple[list[int], bool]:
         """What vLLM makes of these tokens; also advances the grammar, as it does next."""
@@ -98,10 +101,10 @@ def every(regex: str | None = TAIL, **fields: Any) -> list[Step]:
 
 def check_it_is_installed_once_however_often() -> None:
     register.register()
-    first = Scheduler._update_request_with_output
+    first = Scheduler.add_request
     register.register()
     assert register.grammar_stop_problem() is None
-    assert Scheduler._update_request_with_output is first
+    assert Scheduler.add_request is first
 
 
 def check_the_tail_of_a_step_is_trimmed() -> None:
@@ -116,8 +119,16 @@ def check_the_books_of_an_asynchronous_schedule_balance() -> None:
     for name in BACK_ENDS:
         step = Step(AsyncScheduler, name)
         step.brings("123\n\n")
-        # Three tokens and the end were given back out of five places and the one the hook added.
+        # Three of five places were given back; the end that the hook wrote had none.
         assert step.request.num_output_placeholders == 2
+
+
+def check_what_a_preempted_request_had_on_the_way_gives_no_place_back() -> None:
+    step = Step(AsyncScheduler, "xgrammar")
+    step.request.num_output_placeholders, step.request.status = 0, RequestStatus.PREEMPTED
+    kept, stopped = step.scheduler._update_request_with_output(step.request, ids("123\n"), is_stale=True)
+    assert (kept, stopped) == ([*ids("123"), END], True)
+    assert (step.request.num_output_placeholders, *step.end) == (0, "FINISHED_STOPPED", "grammar")
 
 
 def check_what_could_grow_goes_on() -> None:
@@ -200,6 +211,11 @@ def check_a_token_that_the_grammar_refuses_is_for_vllm_to_judge() -> None:
         kept, stopped = step.scheduler._update_request_with_output(step.request, new)
         assert (kept, stopped) == (ids("1a2"), False)
         assert not step.scheduler.structured_output_manager.accept_tokens(step.request, kept)
+    for step in every(stop_token_ids=ids("a")):
+        step.request.num_output_placeholders = 3
+        kept, stopped = step.scheduler._update_request_with_output(step.request, ids("1a2"))
+        assert (kept, stopped) == (ids("1a"), True)
+        assert not step.scheduler.structured_output_manager.accept_tokens(step.request, kept)
 
 
 def check_an_error_of_ours_lets_the_request_go_on() -> None:
@@ -214,9 +230,44 @@ def check_an_error_of_ours_lets_the_request_go_on() -> None:
 
 
 def check_free_text_is_not_touched() -> None:
+    hooked = {"_update_request_with_output", "accept_tokens"}
     for step in every(None):
         assert step.brings("12 34") == (ids("12 34"), False)
         assert grammar_stop._STATE not in vars(step.request)
+        assert not hooked & {*vars(step.scheduler), *vars(step.scheduler.structured_output_manager)}
+    # Beside a structured request it is looked at, and no more; and where that has gone, no longer.
+    for step in every():
+        free = Request("free", [1], SamplingParams(max_tokens=100), None)
+        step.watch.sees(free)
+        assert hooked < {*vars(step.scheduler), *vars(step.scheduler.structured_output_manager)}
+        step.request, structured = free, weakref.ref(step.request)
+        assert step.brings("123\n") == (ids("123\n"), False)
+        assert structured() is None
+        step.watch.sees(free)
+        assert not hooked & {*vars(step.scheduler), *vars(step.scheduler.structured_output_manager)}
+
+
+def check_a_grammar_that_is_not_read_ends_where_nothing_may_follow() -> None:
+    for name, regex in (
+        ("xgrammar", r"[&&0-9]( [0-9])?"),
+        ("guidance", r"\p{Nd}( [0-9])?"),
+        ("outlines", r"(?i:[0-9])( [0-9]?)?"),
+    ):
+        step = Step(Scheduler, name, regex)
+        assert step.brings("1") == (ids("1"), False)
+        assert step.brings(" 2") == ([*ids(" 2"), END], True)
+        assert step.end == ("FINISHED_STOPPED", "grammar")
+
+
+def check_a_long_value_is_read_a_part_at_a_time() -> None:
+    """No step waits for all of it: it ends some tokens of white space later."""
+    for name in ("xgrammar", "guidance"):
+        step = Step(Scheduler, name, r"([a-z]{2})+[0-9]\s*", max_tokens=20_000)
+        step.scheduler.max_model_len = 20_000
+        assert step.brings("ab" * 5_000) == (ids("ab" * 5_000), False)
+        kept, stopped = step.brings("1" + "\n" * 20)
+        assert stopped
+        assert 2 < len(kept) < 10, len(kept)
 
 
 def check_streaming_input_is_not_ended() -> None:

@@ -103,6 +103,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
     # Room is given back whole: a second round is served as the first.
     again = [output.outputs[0].text for output in engine.generate(prompts, wanted, use_tqdm=False)]
+    scheduler = vars(engine.llm_engine.engine_core.engine_core.scheduler)
+    hooked = ["_update_request_with_output" in scheduler]
+    engine.generate(prompts[:1], SamplingParams(max_tokens=2), use_tqdm=False)
+    hooked.append("_update_request_with_output" in scheduler)
     return {
         "lengths": LENGTHS,
         "texts": [output.text for output in outputs],
@@ -115,6 +119,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "longest run": max(len(run) for runs in heard for run in runs[:-1]),
         "reasons": sorted({f"{output.finish_reason} {output.stop_reason}" for output in outputs}),
         "same again": again == [output.text for output in outputs],
+        "hooked with and without": hooked,
         "preemptions": metrics.get("vllm:num_preemptions"),
         "accepted drafts": metrics.get("vllm:spec_decode_num_accepted_tokens"),
         "cache usage": metrics.get("vllm:kv_cache_usage_perc"),
