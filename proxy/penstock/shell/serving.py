@@ -142,14 +142,15 @@ class Serving:
         stream_id, request, trace = question.stream_id, question.request, question.trace
         loop = self._asking.loop_terms(question)
         looped = self._asking.ask_in_rounds(question) if loop is not None else None
+        source, keep = (looped, None) if looped is not None else self._asking.ask(question)
         policy = self._police.rules.choose(request.model, stream.principal)
         digest = policy.digest if policy is not None else None
         audited = self._police.audit.begin(stream_id, stream.principal, request, trace, digest)
-        setting = self._setting(question, stream, policy, loop)
+        setting = self._setting(question, stream, policy, loop, is_kept=keep is not None)
         return Driver(
             Exchange(request, setting, lambda tokens_of: surface.spell(stream_id, request, tokens_of)),
             stream.outlet,
-            looped or self._asking.ask(question),
+            source,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             record=lambda record: _record(account, trace, audited, record),
@@ -157,6 +158,7 @@ class Serving:
             note=audited.note,
             judge=lambda asked, watch: self._police.moderator.ask(asked, watch, request),
             carry_on=looped.carry_on if looped is not None else None,
+            keep=keep,
         )
 
     def _refuse_if_draining(self) -> None:
@@ -193,7 +195,7 @@ class Serving:
         return family
 
     def _setting(
-        self, question: Question, stream: LiveStream, policy: Policy | None, loop: LoopTerms | None
+        self, question: Question, stream: LiveStream, policy: Policy | None, loop: LoopTerms | None, *, is_kept: bool
     ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
@@ -223,6 +225,7 @@ class Serving:
             citations=self._settings.annotations.patterns,
             watching=self._police.moderator.watching,
             loop=loop,
+            keep_bytes=self._settings.answer_cache.answer_bytes if is_kept else 0,
         )
 
     def _resumable_until(self) -> int | None:
