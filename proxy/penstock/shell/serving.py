@@ -33,11 +33,8 @@ from penstock.shell.police import Police
 from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.stores.log import Claim
 from penstock.shell.streams import LiveStream, Streams
-from penstock.shell.telemetry import StreamTrace, Telemetry
+from penstock.shell.telemetry import CLIENT_GONE, StreamTrace, Telemetry
 from penstock.shell.tools import Toolbox
-
-# nginx's status for a client that left before its answer; nobody is there to see it but the trace.
-_CLIENT_GONE = 499
 
 TokensOf = Callable[[int], tuple[int, int]]
 """Prompt and completion tokens of a choice so far."""
@@ -94,7 +91,7 @@ class Serving:
         trace = self._telemetry.begin(http.headers, surface.route, stream_id)
         with ExitStack() as entered:
             try:
-                self._refuse_if_draining()
+                self.refuse_if_draining()
                 place = entered.enter_context(self._admission.entered(caller_of(http)))
                 request, terms = await self._read(http, surface, place)
                 caller = _allowed(http, request)
@@ -109,7 +106,7 @@ class Serving:
                 trace.refuse(problem.code, problem.status)
                 raise
             except asyncio.CancelledError:
-                trace.refuse("client_gone", _CLIENT_GONE)
+                trace.refuse("client_gone", CLIENT_GONE)
                 raise
             if isinstance(log, Claim):
                 account.drop()
@@ -161,7 +158,8 @@ class Serving:
             keep=keep,
         )
 
-    def _refuse_if_draining(self) -> None:
+    def refuse_if_draining(self) -> None:
+        """Raises `Overloaded` where this replica shuts down."""
         if self.is_draining:
             message = "this replica is shutting down; send the request again, it reaches another one"
             raise Overloaded("draining", message, headers={**RETRY, "Connection": "close"})
