@@ -18,7 +18,7 @@ from jwt.algorithms import RSAAlgorithm
 from multidict import CIMultiDict
 
 from penstock.access_settings import Auth, JwtSettings, read_key
-from penstock.core import resuming, sse
+from penstock.core import prompt, resuming, sse
 from penstock.core.engine_stream import ChatReader
 from penstock.core.errors import CallerError, Problem
 from penstock.core.frames import FrameError, read_message
@@ -48,6 +48,9 @@ def request_body(data: bytes) -> None:
         with contextlib.suppress(CallerError):
             request = read_request(data, streams=streams, engine_parses_tools=False)
             sent = orjson.loads(request.engine_body)
+            assert len(prompt.prefix_key(request.engine_body, 4096)) == 16
+            assert len(prompt.last_question(request.engine_body)) <= len(data)
+            assert prompt.least_tokens(request.engine_body, None) <= len(data)
             assert "penstock" not in sent
             assert request.choices >= 1
             assert request.text_bytes <= 4 * len(data)

@@ -11,11 +11,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from penstock.shell.replay import serving
 from support import chunks
 from support.http_client import Answer, calling, chat
 from support.proxies import KINDS, Kind, Proxy, proxy
+from support.sidecar import sidecar
 from support.sockets import RawClient, raw_request, until
-from support.upstreams import Seen, Setup, engine_app, in_front_of, saying
+from support.upstreams import Seen, Setup, answering, engine_app, in_front_of, saying
 
 CHAT, STREAMS = "/v1/chat/completions", "/v1/streams"
 # An end of its own, a header block, line breaks of other worlds: none may leave the string that it stands in.
@@ -102,6 +104,24 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "not what it says": (b"\x1f\x8b\x08\x00nonsense", 400),
     "a float where a count belongs": (b'{"model":"m","messages":[],"stream":true,"n":1e300,"max_tokens":1e300}', 200),
 }
+
+
+@pytest.mark.parametrize("affinity", ["none", "prefix"])
+async def test_a_prompt_that_is_nested_deeply_is_the_engines_to_judge(affinity: str) -> None:
+    """Unstreamed it goes on byte for byte, and every part of Penstock that looks into it has looked."""
+    app, seen = engine_app(answering(chunks.whole({"content": "Hello"})))
+    prompt = b'{"model":"m","messages":[{"role":"user","content":' + b"[" * 900 + b"]" * 900 + b"}]}"
+    answers = [{"id": "a", "question": "a", "text": "a"}]
+    cache, routing = {"requests": "deterministic"}, {"affinity": affinity}
+    async with (
+        serving(app) as first,
+        serving(app) as second,
+        sidecar([first, second], answers=answers, answer_cache=cache, routing=routing) as running,
+        calling(running.url) as caller,
+    ):
+        assert (await caller.post(CHAT, prompt)).status == 200
+        assert seen.body == prompt
+        assert (await caller.post(STREAMS, prompt)).status == 400
 
 
 @pytest.mark.parametrize("name", BODIES)
