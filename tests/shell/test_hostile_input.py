@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from penstock.shell.replay import serving
 from support import chunks
+from support.commands import serving as serving_command
 from support.http_client import Answer, calling, chat
 from support.proxies import KINDS, Kind, Proxy, proxy
 from support.sidecar import sidecar
@@ -90,6 +92,26 @@ async def test_no_field_of_a_request_becomes_a_header() -> None:
             for answer in (await setup.caller.stream(**fields), await setup.caller.chat(**fields, stream=True)):
                 assert "X-Injected" not in answer.headers
                 assert "X-Injected" not in seen.headers
+
+
+async def test_nothing_that_a_caller_or_an_engine_says_begins_a_line_of_the_log() -> None:
+    forged = "2026-01-01 00:00:00,000 INFO penstock: stream st_0 ended completed: principal=bob"
+    hostile = f"m\r\n{forged}\u2028{forged}\x1b[2J"
+    spoken = json.loads(chunks.content("Hi", tokens=1).removeprefix(b"data: "))
+    said = [chunks.frame({**spoken, "model": hostile}), chunks.finish(), chunks.final_usage(1), chunks.DONE]
+    app, _ = engine_app(saying(*said))
+    async with (
+        serving(app) as engine,
+        serving_command("serve", "--upstream", engine, "--port", "0") as process,
+        calling(process.url) as caller,
+    ):
+        assert (await caller.stream(model=hostile)).text() == "Hi"
+        await caller.get(f"/v1/streams/{quote(hostile)}")
+        await caller.get(f"/nothing/{quote(hostile)}")
+        process.terminate()
+        lines = (await process.ended()).errors.splitlines()
+    assert any(" ended completed: " in line for line in lines)
+    assert not any(line.startswith(forged) or "\x1b" in line for line in lines)
 
 
 BODIES: dict[str, tuple[bytes, int]] = {
@@ -217,6 +239,10 @@ SMUGGLED = b"POST /v1/streams HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%
 CHUNKED = b"0\r\n\r\n" + SMUGGLED
 
 
+def _chunked(body: bytes) -> bytes:
+    return b"Transfer-Encoding: chunked\r\n\r\n" + body
+
+
 def two_in_one() -> dict[str, bytes]:
     """One request to who reads it one way, two to who reads it another."""
     head = b"POST /v1/models HTTP/1.1\r\nHost: x\r\n"
@@ -234,6 +260,14 @@ def two_in_one() -> dict[str, bytes]:
         "chunks in a folded line": head + length + b"X: y\r\n Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
         "chunks behind a bare line feed": head + length + b"X: y\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED,
         "a chunk's size with a sign": head + b"Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + SMUGGLED,
+        "line feeds alone": (head + b"Transfer-Encoding: chunked\r\n\r\n").replace(b"\r\n", b"\n") + CHUNKED,
+        "a length behind a line feed alone": b"POST /v1/models HTTP/1.1\nHost: x\n" + length + b"\n" + CHUNKED,
+        "a chunk's extension with a line feed": head + _chunked(b"5;a\nb\r\nhello\r\n0\r\n\r\n" + SMUGGLED),
+        "a chunk's extension that is a chunk": head + _chunked(b'0;a="\r\n\r\n' + SMUGGLED),
+        "a chunk that goes on behind its size": head + _chunked(b"1\r\nhello\r\n0\r\n\r\n" + SMUGGLED),
+        "a chunk's end without its line break": head + _chunked(b"5\r\nhello0\r\n\r\n" + SMUGGLED),
+        "a chunk's size that overflows": head + _chunked(b"10000000000000000\r\n\r\n" + CHUNKED),
+        "headers behind the last chunk": head + _chunked(b"0\r\nContent-Length: 9\r\nHost: y\r\n\r\n" + SMUGGLED),
         "a body on a GET": b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n" + CHUNKED,
         "an upgrade": head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + SMUGGLED,
     }
