@@ -30,6 +30,7 @@ from penstock.settings import SettingsError, load_settings
 from penstock.shell import tokens
 from penstock.shell.accept import accepted
 from penstock.shell.auth import Gatekeeper, hash_key
+from penstock.shell.passthrough import EngineCount
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE
 from support.playbook import STARTED, ask, play
@@ -142,6 +143,22 @@ def recording(data: bytes) -> None:
         parse_recording(data, "fuzz")
 
 
+def passed_answer(data: bytes) -> None:
+    """The count in an answer that is passed on: found wherever the reads cut it, and a number of tokens."""
+
+    def told(pieces: list[bytes]) -> tuple[int, int] | None:
+        count = EngineCount()
+        for piece in pieces:
+            count.look_at(piece)
+        return count.told()
+
+    tokens = told([data])
+    assert tokens is None or min(tokens) >= 0
+    if len(data) <= EngineCount.KEPT_BYTES:
+        half = len(data) // 2
+        assert tokens == told([data[:half], data[half:]]) == told([bytes([byte]) for byte in data])
+
+
 async def _authenticate(given: CIMultiDict[str]) -> None:
     gatekeeper = await Gatekeeper.load(Auth(keys={"alice": hash_key(KEY)}))
     await gatekeeper.authenticate(given)
@@ -169,5 +186,6 @@ BORDERS: dict[str, Callable[[bytes], None]] = {
         token,
         event_log,
         recording,
+        passed_answer,
     )
 }

@@ -187,7 +187,7 @@ class _Answer:
         self._request = request
         self._most_bytes = most_bytes
         self._headers = headers
-        self._count = _Count()
+        self._count = EngineCount()
         self._code: str | None = None
         self._works = False  # the engine accepted the request, so it cost something
         self._now = asyncio.get_running_loop().time
@@ -271,12 +271,12 @@ class _Answer:
         )
 
 
-class _Count:
+class EngineCount:
     """Finds the engine's own count in an answer that goes by. A quote inside a text is escaped, so none is mistaken."""
 
     _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
     # A count is shorter; it may lie across the edge of two reads.
-    _KEPT_BYTES = 1024
+    KEPT_BYTES = 1024
 
     def __init__(self) -> None:
         self._tail = b""
@@ -286,7 +286,7 @@ class _Count:
         seen = self._tail + data
         for found in self._USAGE.finditer(seen):
             self._last = found[1]
-        self._tail = seen[-self._KEPT_BYTES :]
+        self._tail = seen[-self.KEPT_BYTES :]
 
     def told(self) -> tuple[int, int] | None:
         """Tokens of the prompt and of the answer; None where the engine counted nothing."""
