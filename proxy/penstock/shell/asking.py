@@ -83,6 +83,10 @@ class Asking:
         loop = self._settings.tools.loop
         return LoopTerms(bound, loop.rounds, said, loop.show_results)
 
+    def engines_key(self, http: web.Request) -> str:
+        """What tells callers apart whom Penstock does not: their keys for the engine. Empty where it asks for keys."""
+        return "" if self._gatekeeper.asks_for_keys else http.headers.get(hdrs.AUTHORIZATION, "")
+
     def passed_authorization(self, http: web.Request, engine: Engine) -> dict[str, str]:
         """Without keys of our own the caller's key is the engine's business, as if we were not there."""
         has_keys = self._gatekeeper.asks_for_keys or engine.upstream.api_key is not None
@@ -91,9 +95,8 @@ class Asking:
         return {"Authorization": http.headers[hdrs.AUTHORIZATION]}
 
     def _cache_key(self, question: Question) -> bytes | None:
-        given = question.http.headers.get(hdrs.AUTHORIZATION, "")
-        passed_on = "" if self._gatekeeper.asks_for_keys else given
-        return self._cache.key_of(question.request, question.family.name, question.principal, passed_on)
+        whose = self.engines_key(question.http)
+        return self._cache.key_of(question.request, question.family.name, question.principal, whose)
 
     def _round(self, question: Question, request: StreamRequest, number: int) -> Source:
         request_id = _request_id(question, number)

@@ -19,7 +19,7 @@ import orjson
 from aiohttp import hdrs, web
 
 from penstock.core.commands import Ending, RecordUsage
-from penstock.core.errors import CallerError, EngineError, LimitReached, Problem
+from penstock.core.errors import EngineError, LimitReached, Problem
 from penstock.core.events import Usage, token_count
 from penstock.settings import Settings
 from penstock.shell.admission import Admission, Place, read_body
@@ -317,9 +317,5 @@ def _model(http: web.Request, request: Any) -> str:
     """The model that the body names, which the caller's key must be for; empty where it names none."""
     named = request.get("model") if isinstance(request, dict) else None
     model = named if isinstance(named, str) else ""
-    caller = caller_of(http)
-    if not caller.may_ask(model):
-        allowed = ", ".join(caller.plan.models)
-        message = f"the key of {caller.name} is not for the model {model!r}; it may ask for {allowed}"
-        raise CallerError("model_not_allowed", message, status=403, param="model")
+    caller_of(http).check_model(model)
     return model

@@ -94,7 +94,8 @@ class Serving:
                 self.refuse_if_draining()
                 place = entered.enter_context(self._admission.entered(caller_of(http)))
                 request, terms = await self._read(http, surface, place)
-                caller = _allowed(http, request)
+                caller = caller_of(http)
+                caller.check_model(request.model)
                 family = self._family(request)
                 request = await self._continued(surface, caller, request, terms)
                 await self._cluster.refuse_too_long(request)
@@ -174,7 +175,7 @@ class Serving:
             running_usage=upstream.running_usage,
             engine_parses_tools=upstream.parses_tools,
         )
-        return request, await read_terms(http, body, request)
+        return request, await read_terms(http, body, request, self._asking.engines_key(http))
 
     async def _continued(self, surface: Surface, caller: Caller, request: StreamRequest, terms: Terms) -> StreamRequest:
         if request.continues is not None and not surface.continues:
@@ -236,12 +237,3 @@ def _record(account: Account, trace: StreamTrace, audited: StreamAudit, record: 
     audited.end(record)
     trace.finish(record)
     account.end(record)
-
-
-def _allowed(http: web.Request, request: StreamRequest) -> Caller:
-    caller = caller_of(http)
-    if not caller.may_ask(request.model):
-        allowed = ", ".join(caller.plan.models)
-        message = f"the key of {caller.name} is not for the model {request.model!r}; it may ask for {allowed}"
-        raise CallerError("model_not_allowed", message, status=403, param="model")
-    return caller
