@@ -114,6 +114,16 @@ async def test_nothing_that_a_caller_or_an_engine_says_begins_a_line_of_the_log(
     assert not any(line.startswith(forged) or "\x1b" in line for line in lines)
 
 
+async def test_a_malformed_header_is_no_line_of_the_log(
+    direct: tuple[Setup, Seen], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup, seen = direct
+    headers = {"baggage": ",".join(["no;;;member"] * 150), "traceparent": "00-x-y-z", "tracestate": "=,=,"}
+    assert (await setup.caller.stream(headers=headers)).text() == "Hello"
+    assert "no;;;member" not in caplog.text
+    assert "no;;;member" not in seen.headers.get("baggage", "")
+
+
 BODIES: dict[str, tuple[bytes, int]] = {
     "deep": (b"[" * 200_000, 400),
     "deep inside": (b'{"model":"m","messages":[],"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 400),

@@ -5,6 +5,7 @@ variables alone; without an exporter named there nothing is recorded, and the ca
 on to the engine.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from penstock.core.errors import Problem
 from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
+
+# It warns of every malformed member of a caller's `baggage`, up to 180 lines a request.
+logging.getLogger("opentelemetry.baggage.propagation").setLevel(logging.ERROR)
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; nobody is there to see it but the trace."""
