@@ -27,8 +27,9 @@ from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
 
-# It warns of every malformed member of a caller's `baggage`, up to 180 lines a request.
-logging.getLogger("opentelemetry.baggage.propagation").setLevel(logging.ERROR)
+# They warn of every malformed piece of a caller's headers, up to 180 lines a request.
+for _name in ("baggage.propagation", "trace.propagation.tracecontext", "trace.span"):
+    logging.getLogger(f"opentelemetry.{_name}").setLevel(logging.ERROR)
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; nobody is there to see it but the trace."""
