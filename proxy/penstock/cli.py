@@ -19,12 +19,23 @@ from penstock.shell.tls import TlsFiles
 
 # What a wrong setting or wrong input exits with, as argparse does for wrong flags.
 _WRONG_USE = 2
+# What begins a line somewhere, or steers a terminal.
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+
+
+class _OneLine(logging.Formatter):
+    """A record is one line, whatever callers and engines have called what it tells of; only a traceback has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - its name in the base class
+        return super().formatMessage(record).translate(_ESCAPED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 the answer is no, 2 something about the call or the settings is wrong."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     run: Callable[[argparse.Namespace], int] = parsed.run
     try:
         return run(parsed)

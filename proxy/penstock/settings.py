@@ -283,6 +283,26 @@ class PreparedSettings(_Part):
         return self
 
 
+class AnswerCacheSettings(_Part):
+    """Engines' answers that are told again, from the memory of this replica."""
+
+    requests: Literal["none", "asked", "deterministic"] = Field(
+        "none", description="whose answers: nobody's, of those that say `penstock.cache: true`, of temperature 0 too"
+    )
+    seconds: float = Field(300, gt=0, description="how long an answer is told again after its engine gave it")
+    answers: int = Field(1000, ge=1, description="answers that are kept; the one not asked for longest goes first")
+    bytes: int = Field(64 * 2**20, ge=1024, description="bytes that all of them may hold")
+    answer_bytes: int = Field(256 * 2**10, ge=1024, description="a larger answer is not kept")
+    across_callers: bool = Field(False, description="true: an answer that one caller got is told to others too")
+    words_per_second: float = Field(30, gt=0, description="how fast it is told")
+
+    @model_validator(mode="after")
+    def _one_fits_in_all(self) -> "AnswerCacheSettings":
+        if self.answer_bytes > self.bytes:
+            raise ValueError(f"answer_cache.answer_bytes ({self.answer_bytes}) is more than answer_cache.bytes allows")
+        return self
+
+
 # Passed through as they are, these would go by moderation, limits and the bill, or let callers at the plugin.
 _NEVER_PASSED = re.compile(
     r"/(v1/(chat|completions|responses|messages|models|schema|streams|ws|penstock)|v2/|inference/|invocations|generate"
@@ -322,6 +342,9 @@ class Settings(_Part):
     )
     answers: list[PreparedSettings] = Field(
         default_factory=list, description="answers to known questions, told without an engine; the first that fits"
+    )
+    answer_cache: AnswerCacheSettings = Field(
+        AnswerCacheSettings(), description="answers of engines that are told again, without an engine"
     )
     store: StoreSettings = Field(
         StoreSettings(), description="the logs that streams are resumed from, and what replicas share"

@@ -50,6 +50,15 @@ def test_sampling_does_not_count() -> None:
     assert prefix_key(body(HI, temperature=0), 4096) == prefix_key(body(HI, temperature=1, stream=True), 4096)
 
 
+def test_what_is_nested_too_deeply_to_be_written_has_a_key_of_its_own() -> None:
+    def deep(levels: int) -> bytes:
+        return b'{"model":"m","messages":[{"role":"user","content":' + b"[" * levels + b"]" * levels + b"}]}"
+
+    keys = [prefix_key(deep(levels), 4096) for levels in (10, 300, 301, 1000)]
+    assert len(set(keys)) == len(keys)
+    assert prefix_key(deep(300), 4096) == keys[1]
+
+
 # --- How long at least --------------------------------------------------------------------------------
 
 

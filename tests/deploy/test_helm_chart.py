@@ -187,6 +187,7 @@ def test_settings_come_from_the_values() -> None:
         "routing": {},
         "passthrough": [],
         "answers": [],
+        "answer_cache": {},
         "store": {"retention_seconds": 300, "linger_seconds": 60, "memory_bytes": 268435456, "on_failure": "continue"},
     }
 
@@ -410,6 +411,7 @@ def test_the_notes_warn_of_an_open_door() -> None:
 FREE_OBJECTS = {
     "/routing",
     "/answers/[]",
+    "/answer_cache",
     "/global",
     "/families",
     "/audit/volume",

@@ -51,6 +51,7 @@ def check_config(documents: list[Manifest], folder: Path) -> subprocess.Complete
                 "routing": {"zone": "a", "affinity": "prefix"},
                 "passthrough": ["POST /tokenize"],
                 "answers": [{"id": "hours", "question": "when .*open.*", "text": "From nine to five."}],
+                "answer_cache": {"requests": "deterministic", "seconds": 60},
             }
         ),
         with_values(

@@ -18,7 +18,7 @@ from jwt.algorithms import RSAAlgorithm
 from multidict import CIMultiDict
 
 from penstock.access_settings import Auth, JwtSettings, read_key
-from penstock.core import resuming, sse
+from penstock.core import prompt, resuming, sse
 from penstock.core.engine_stream import ChatReader
 from penstock.core.errors import CallerError, Problem
 from penstock.core.frames import FrameError, read_message
@@ -30,6 +30,7 @@ from penstock.settings import SettingsError, load_settings
 from penstock.shell import tokens
 from penstock.shell.accept import accepted
 from penstock.shell.auth import Gatekeeper, hash_key
+from penstock.shell.passthrough import EngineCount
 from penstock.shell.telemetry import Telemetry
 from support.chunks import DONE
 from support.playbook import STARTED, ask, play
@@ -48,6 +49,9 @@ def request_body(data: bytes) -> None:
         with contextlib.suppress(CallerError):
             request = read_request(data, streams=streams, engine_parses_tools=False)
             sent = orjson.loads(request.engine_body)
+            assert len(prompt.prefix_key(request.engine_body, 4096)) == 16
+            assert len(prompt.last_question(request.engine_body)) <= len(data)
+            assert prompt.least_tokens(request.engine_body, None) <= len(data)
             assert "penstock" not in sent
             assert request.choices >= 1
             assert request.text_bytes <= 4 * len(data)
@@ -139,6 +143,22 @@ def recording(data: bytes) -> None:
         parse_recording(data, "fuzz")
 
 
+def passed_answer(data: bytes) -> None:
+    """The count in an answer that is passed on: found wherever the reads cut it, and a number of tokens."""
+
+    def told(pieces: list[bytes]) -> tuple[int, int] | None:
+        count = EngineCount()
+        for piece in pieces:
+            count.look_at(piece)
+        return count.told()
+
+    tokens = told([data])
+    assert tokens is None or min(tokens) >= 0
+    if len(data) <= EngineCount.KEPT_BYTES:
+        half = len(data) // 2
+        assert tokens == told([data[:half], data[half:]]) == told([bytes([byte]) for byte in data])
+
+
 async def _authenticate(given: CIMultiDict[str]) -> None:
     gatekeeper = await Gatekeeper.load(Auth(keys={"alice": hash_key(KEY)}))
     await gatekeeper.authenticate(given)
@@ -166,5 +186,6 @@ BORDERS: dict[str, Callable[[bytes], None]] = {
         token,
         event_log,
         recording,
+        passed_answer,
     )
 }

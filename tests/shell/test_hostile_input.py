@@ -6,16 +6,20 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from penstock.shell.replay import serving
 from support import chunks
+from support.commands import serving as serving_command
 from support.http_client import Answer, calling, chat
 from support.proxies import KINDS, Kind, Proxy, proxy
+from support.sidecar import sidecar
 from support.sockets import RawClient, raw_request, until
-from support.upstreams import Seen, Setup, engine_app, in_front_of, saying
+from support.upstreams import Seen, Setup, answering, engine_app, in_front_of, saying
 
 CHAT, STREAMS = "/v1/chat/completions", "/v1/streams"
 # An end of its own, a header block, line breaks of other worlds: none may leave the string that it stands in.
@@ -90,6 +94,41 @@ async def test_no_field_of_a_request_becomes_a_header() -> None:
                 assert "X-Injected" not in seen.headers
 
 
+async def test_nothing_that_a_caller_or_an_engine_says_begins_a_line_of_the_log() -> None:
+    forged = "2026-01-01 00:00:00,000 INFO penstock: stream st_0 ended completed: principal=bob"
+    hostile = f"m\r\n{forged}\u2028{forged}\x1b[2J"
+    spoken = json.loads(chunks.content("Hi", tokens=1).removeprefix(b"data: "))
+    said = [chunks.frame({**spoken, "model": hostile}), chunks.finish(), chunks.final_usage(1), chunks.DONE]
+    app, _ = engine_app(saying(*said))
+    async with (
+        serving(app) as engine,
+        serving_command("serve", "--upstream", engine, "--port", "0") as process,
+        calling(process.url) as caller,
+    ):
+        assert (await caller.stream(model=hostile)).text() == "Hi"
+        await caller.get(f"/v1/streams/{quote(hostile)}")
+        await caller.get(f"/nothing/{quote(hostile)}")
+        process.terminate()
+        lines = (await process.ended()).errors.splitlines()
+    assert any(" ended completed: " in line for line in lines)
+    assert not any(line.startswith(forged) or "\x1b" in line for line in lines)
+
+
+async def test_a_malformed_header_is_no_line_of_the_log(
+    direct: tuple[Setup, Seen], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup, seen = direct
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for headers in (
+        {"baggage": ",".join(["no;;;member"] * 150)},
+        {"traceparent": trace, "tracestate": "no;;;member,=,"},
+        {"traceparent": "0" * 2000, "tracestate": "a=b"},
+    ):
+        assert (await setup.caller.stream(headers=headers)).text() == "Hello"
+    assert [record for record in caplog.records if record.name != "penstock"] == []
+    assert "no;;;member" not in seen.headers.get("baggage", "")
+
+
 BODIES: dict[str, tuple[bytes, int]] = {
     "deep": (b"[" * 200_000, 400),
     "deep inside": (b'{"model":"m","messages":[],"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 400),
@@ -102,6 +141,24 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "not what it says": (b"\x1f\x8b\x08\x00nonsense", 400),
     "a float where a count belongs": (b'{"model":"m","messages":[],"stream":true,"n":1e300,"max_tokens":1e300}', 200),
 }
+
+
+@pytest.mark.parametrize("affinity", ["none", "prefix"])
+async def test_a_prompt_that_is_nested_deeply_is_the_engines_to_judge(affinity: str) -> None:
+    """Unstreamed it goes on byte for byte, and every part of Penstock that looks into it has looked."""
+    app, seen = engine_app(answering(chunks.whole({"content": "Hello"})))
+    prompt = b'{"model":"m","messages":[{"role":"user","content":' + b"[" * 900 + b"]" * 900 + b"}]}"
+    answers = [{"id": "a", "question": "a", "text": "a"}]
+    cache, routing = {"requests": "deterministic"}, {"affinity": affinity}
+    async with (
+        serving(app) as first,
+        serving(app) as second,
+        sidecar([first, second], answers=answers, answer_cache=cache, routing=routing) as running,
+        calling(running.url) as caller,
+    ):
+        assert (await caller.post(CHAT, prompt)).status == 200
+        assert seen.body == prompt
+        assert (await caller.post(STREAMS, prompt)).status == 400
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -197,6 +254,10 @@ SMUGGLED = b"POST /v1/streams HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%
 CHUNKED = b"0\r\n\r\n" + SMUGGLED
 
 
+def _chunked(body: bytes) -> bytes:
+    return b"Transfer-Encoding: chunked\r\n\r\n" + body
+
+
 def two_in_one() -> dict[str, bytes]:
     """One request to who reads it one way, two to who reads it another."""
     head = b"POST /v1/models HTTP/1.1\r\nHost: x\r\n"
@@ -214,6 +275,14 @@ def two_in_one() -> dict[str, bytes]:
         "chunks in a folded line": head + length + b"X: y\r\n Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
         "chunks behind a bare line feed": head + length + b"X: y\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED,
         "a chunk's size with a sign": head + b"Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + SMUGGLED,
+        "line feeds alone": (head + b"Transfer-Encoding: chunked\r\n\r\n").replace(b"\r\n", b"\n") + CHUNKED,
+        "a length behind a line feed alone": b"POST /v1/models HTTP/1.1\nHost: x\n" + length + b"\n" + CHUNKED,
+        "a chunk's extension with a line feed": head + _chunked(b"5;a\nb\r\nhello\r\n0\r\n\r\n" + SMUGGLED),
+        "a chunk's extension that is a chunk": head + _chunked(b'0;a="\r\n\r\n' + SMUGGLED),
+        "a chunk that goes on behind its size": head + _chunked(b"1\r\nhello\r\n0\r\n\r\n" + SMUGGLED),
+        "a chunk's end without its line break": head + _chunked(b"5\r\nhello0\r\n\r\n" + SMUGGLED),
+        "a chunk's size that overflows": head + _chunked(b"10000000000000000\r\n\r\n" + CHUNKED),
+        "headers behind the last chunk": head + _chunked(b"0\r\nContent-Length: 9\r\nHost: y\r\n\r\n" + SMUGGLED),
         "a body on a GET": b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n" + CHUNKED,
         "an upgrade": head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + SMUGGLED,
     }

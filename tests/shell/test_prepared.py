@@ -9,7 +9,7 @@ import pytest
 
 from penstock.settings import SettingsError, load_settings
 from support import chunks
-from support.http_client import FOLDED, NDJSON, SSE, Caller, Json, calling
+from support.http_client import FOLDED, NDJSON, SSE, Caller, Json, calling, chat
 from support.sidecar import sidecar
 from support.upstreams import Seen, engine_app, in_front_of, saying
 
@@ -70,6 +70,22 @@ async def test_words_of_the_question_and_the_model_are_filled_in() -> None:
     async with stage() as (caller, _):
         answer = await caller.stream(messages=asking([{"type": "text", "text": "I am Ada."}]))
         assert answer.text() == "Hello Ada, this is tiny; $other."
+
+
+async def test_it_is_an_answer_also_of_a_model_that_would_think_first() -> None:
+    async with stage({**HOURS, "models": ["*"]}) as (caller, _):
+        answer = await caller.stream(messages=asking("when open"), penstock={"family": "deepseek-r1"})
+        assert (answer.text(), answer.reasoning()) == (HOURS["text"], "")
+
+
+async def test_one_that_is_cancelled_has_an_exact_bill_of_nothing() -> None:
+    async with stage({**HOURS, "words_per_second": 2}) as (caller, _):
+        async with caller.opened("/v1/streams", chat(messages=asking("when open")), {"Accept": NDJSON}) as response:
+            await response.content.readuntil(b"delta.text")
+            await caller.delete(response.headers["X-Stream-Id"])
+            last = (await response.content.read()).splitlines()[-2]
+        assert b'"completion_tokens":0' in last
+        assert b'"estimated":false' in last
 
 
 @pytest.mark.parametrize(

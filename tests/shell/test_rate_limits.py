@@ -87,6 +87,25 @@ async def test_tokens_are_reserved_and_settled() -> None:
         assert seen.requests == 1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("words", ["tokens_per_minute=100000", "requests_per_minute=9", "quota_tokens=100000"])
+async def test_no_number_in_a_request_breaks_the_count(shared: bool, words: str, tmp_path: Path) -> None:
+    """Numbers that are no float any more, or leave nothing of what is added to them."""
+    app, _ = answer()
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(redis_server(tmp_path)) if shared else None
+        store: dict[str, Any] = {"store__url": redis.url} if redis else {}
+        setup = await stack.enter_async_context(in_front_of(app, **key(words), **store))
+        for max_tokens, n in ((1e308, 100), (1e300, 1), (-1e300, 1)):
+            assert (await setup.caller.stream(headers=ALICE, max_tokens=max_tokens, n=n)).status in (200, 429)
+
+        async def is_settled() -> bool:
+            told = await setup.caller.stream(headers=ALICE, max_tokens=60)
+            return told.status == 200
+
+        await until(is_settled)
+
+
 async def test_a_quota_that_is_used_up_says_what_is_left() -> None:
     app, seen = answer()
     async with in_front_of(app, limits__reserve_tokens=70, **key("quota_tokens=100 quota_period=day")) as setup:

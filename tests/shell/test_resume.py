@@ -398,6 +398,18 @@ async def test_a_retry_joins_the_running_stream(word: Word, route: str, body: Js
             assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
+async def test_without_keys_of_our_own_a_retry_comes_with_the_key_for_the_engine(setup: Setup) -> None:
+    """Whom the engine would refuse gets no answer that it gave to another."""
+    request, key = replayed("plain"), {"Idempotency-Key": "k-1"}
+    first = await setup.caller.stream(headers={**key, "Authorization": "Bearer right"}, **request)
+    assert first.status == 200
+    for more in ({}, {"Authorization": "Bearer wrong"}):
+        refused = await setup.caller.stream(headers={**key, **more}, **request)
+        assert (refused.status, refused.error["code"]) == (422, "idempotency_key_reused")
+    again = await setup.caller.stream(headers={**key, "Authorization": "Bearer right"}, **request)
+    assert again.body == first.body
+
+
 async def test_a_key_with_another_request_is_an_error(setup: Setup) -> None:
     headers = {"Idempotency-Key": "k-1"}
     assert (await setup.caller.stream(headers=headers, **replayed("plain"))).status == 200

@@ -237,6 +237,25 @@ async def test_no_span_holds_the_conversation(receiver: Receiver) -> None:
 # --- Where to ---------------------------------------------------------------------------------------
 
 
+async def test_what_is_passed_on_has_a_span_in_the_callers_trace(receiver: Receiver) -> None:
+    seen: list[str] = []
+
+    async def version(request: web.Request) -> web.Response:
+        seen.append(request.headers["traceparent"].split("-")[1])
+        return web.json_response({"version": "0"}, status=500 if seen[1:] else 200)
+
+    app, _ = engine_app(saying(*HELLO))
+    app.router.add_get("/version", version)
+    async with in_front_of(app, passthrough=["GET /version"]) as setup:
+        for _ in range(2):
+            await setup.caller.get("/version", FROM_A_CALLER)
+    assert [(span.name, span.trace_id, span.parent_id) for span in receiver.spans] == [
+        ("GET /version", TRACE, PARENT)
+    ] * 2
+    assert [span.status for span in receiver.spans] == [OK, ERROR]
+    assert seen == [TRACE, TRACE]
+
+
 @pytest.mark.parametrize("off", [{}, {"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])
 async def test_without_an_exporter_nothing_is_sent_but_the_context_travels(
     monkeypatch: pytest.MonkeyPatch, off: dict[str, str]

@@ -2,11 +2,14 @@
 
 import asyncio
 import datetime
+import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -18,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from penstock.access_settings import Tls
 from penstock.settings import SettingsError, load_settings
+from penstock.shell import tls
 from penstock.shell.auth import OPEN_ROUTES, hash_key
 from penstock.shell.replay import serving
 from penstock.shell.tls import TlsFiles
@@ -176,6 +180,65 @@ async def test_changed_files_count_for_new_connections(authority: Authority, tmp
         await until(is_new)
         with pytest.raises(aiohttp.ClientError):
             await ask(url, "/v1/models", trusting(new.root, old_client))
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_does_not_outlive_the_root_of_its_certificate(
+    authority: Authority, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """Taken up again, a session shows the certificate that it began with and nobody checks it."""
+    roots, new = tmp_path / "roots.pem", Authority(tmp_path / "new")
+    roots.write_bytes(authority.root.read_bytes())
+    server = authority.issue("server", LOCALHOST)
+    client, new_client = (trusting(authority.root, issuer.issue("batch")) for issuer in (authority, new))
+    client.maximum_version = new_client.maximum_version = version
+    async with secured(files(server, client_ca_file=roots), auth__reload_seconds=0.02) as url:
+        port = int(url.rpartition(":")[2])
+        status, session = await asyncio.to_thread(taken_up, port, client, None)
+        assert status == b"200"
+        assert (await asyncio.to_thread(taken_up, port, client, session))[0] == b"200"
+        await asyncio.to_thread(roots.write_bytes, new.root.read_bytes())
+
+        async def is_new() -> bool:
+            return (await asyncio.to_thread(taken_up, port, new_client, None))[0] == b"200"
+
+        await until(is_new)
+        for _ in range(2):
+            assert (await asyncio.to_thread(taken_up, port, client, session))[0] == b"refused"
+        # Who has a good certificate goes on; a session of the very second of the change is made anew first.
+        session = (await asyncio.to_thread(taken_up, port, new_client, None))[1]
+        answers = [(await asyncio.to_thread(taken_up, port, new_client, session))[0] for _ in range(2)]
+        assert answers[-1] == b"200"
+
+
+def taken_up(port: int, context: ssl.SSLContext, session: ssl.SSLSession | None) -> tuple[bytes, ssl.SSLSession | None]:
+    """The status of a request on a connection that takes a session up, and the session that it leaves."""
+    request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("localhost", port)) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname="localhost", session=session) as secure:
+                secure.sendall(request)
+                answer = secure.recv(65536)
+                return answer[9:12] or b"refused", secure.session
+        except ssl.SSLError:
+            return b"refused", None
+
+
+async def test_a_certificate_that_expires_lets_nobody_in_any_more(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on a connection, either, that began while it was good."""
+    server, client = authority.issue("server", LOCALHOST), authority.issue("batch")
+    connector = aiohttp.TCPConnector(ssl=trusting(authority.root, client), limit=1)
+    async with (
+        secured(files(server, client_ca_file=authority.root)) as url,
+        aiohttp.ClientSession(connector=connector) as session,
+    ):
+        for expected, days in ((200, 0), (401, 2)):
+            now = time.time() + days * 86400
+            monkeypatch.setattr(tls, "time", SimpleNamespace(time=lambda now=now: now))
+            async with session.get(f"{url}/v1/models") as response:
+                assert response.status == expected
 
 
 def test_files_that_are_wrong_are_named(authority: Authority, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from penstock.settings import SettingsError, load_settings
 from penstock.shell.replay import serving
-from penstock.shell.tools import may_reach
+from penstock.shell.tools import HttpTool, may_reach
 from support import chunks
 from support.http_client import NDJSON, SSE, Answer, chat, whole
 from support.sockets import until
@@ -71,6 +72,29 @@ async def test_a_call_is_run_and_the_answer_goes_on_in_the_same_stream() -> None
     assert (result["ok"], result["content"], result["bytes"]) == (True, '{"n": 7}', 8)
     assert answer.finish()["reason"] == "stop"
     assert service.requests == [{"by": 1}]
+
+
+@pytest.mark.parametrize("name", ["count\r\nX-Injected: yes", "count\n", "count\x00", "zähler", "count"])
+async def test_a_tools_name_is_no_header_of_its_own(name: str) -> None:
+    """The caller names its tools, and a binding may fit any name."""
+    service, model = CountingService(), Model(calling_turn(call(0, name=name)), ANSWER)
+    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    async with running(service, model, binding={"tools": ["*"]}) as setup:
+        answer = await setup.caller.stream(NDJSON, tools=[tool])
+    assert (answer.one("tool_call.result")["ok"], answer.text()) == (True, "It is 7.")
+    assert unquote(service.headers[0]["X-Tool-Name"]) == name
+    assert "X-Injected" not in service.headers[0]
+
+
+async def test_a_fault_of_ours_is_an_answer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> str:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(HttpTool, "call", broken)
+    async with running(CountingService(), Model(*ONCE)) as setup:
+        answer = await streamed(setup)
+    assert answer.one("tool_call.result")["ok"] is False
+    assert answer.end["status"] == "completed"
 
 
 async def test_the_model_is_told_what_came_of_it_in_a_request_of_its_own() -> None:

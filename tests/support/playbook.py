@@ -183,6 +183,7 @@ def open_exchange(
     citations: Sequence[CitationPattern] = (),
     release: ToolRelease | None = None,
     watching: Watching | None = None,
+    keep_bytes: int = 0,
     **changed_bounds: Any,
 ) -> Exchange:
     """An exchange as the shell would make it; `family` is one of its own, or the name of a known one."""
@@ -207,6 +208,7 @@ def open_exchange(
         tool_rules=tool_rules,
         citations=citations,
         watching=watching,
+        keep_bytes=keep_bytes,
     )
     spell = spelling(dialect, request)
     return Exchange(request, setting, lambda usage: ReleasedCalls(spell(usage), release) if release else spell(usage))

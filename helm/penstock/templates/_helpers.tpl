@@ -60,7 +60,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $_ := set $audit "file" (merge (dict "path" (printf "%s/audit.jsonl" (include "penstock.auditFolder" .))) $file) -}}
 {{- end -}}
 {{- $settings := dict "audit" $audit "listen" $listen "upstreams" (concat (list .Values.upstream) .Values.moreUpstreams) "auth" $auth -}}
-{{- $settings = merge $settings (pick .Values "reasoning" "families" "moderation" "limits" "slow_client" "timing" "routing" "passthrough" "answers") -}}
+{{- $settings = merge $settings (pick .Values "reasoning" "families" "moderation" "limits" "slow_client" "timing" "routing" "passthrough" "answers" "answer_cache") -}}
 {{- $_ := set $settings "store" (omit .Values.store "existingSecret" "existingSecretKey") -}}
 {{- mergeOverwrite (deepCopy $settings) (deepCopy .Values.config) | toYaml -}}
 {{- end -}}

@@ -9,7 +9,7 @@ they give. The steps on the way, in order: `engine_stream` (with `sse` and `char
 `wishes` what a request asks of tools and values, `notes` what a backend adds. `events` travel between the steps;
 `signals` come from the shell and `commands` go to it; `errors` says whose fault it was. Moderation holds text in
 `lanes`; its `rules` are compiled from `patterns` (which `unambiguous` finds fit), see text as `folding` shows it and
-may ask for `checksums`; `timeline` is for its audit. `verifier` judges an event log, `fold` adds one up, `resuming`
-finds a cursor in one, `continuing` hands its partial answer back, `lost` ends one whose replica died, `recording` reads
-replays.
+may ask for `checksums`; `timeline` is for its audit. `kept_answer` is an engine's answer to be told again. `verifier`
+judges an event log, `fold` adds one up, `resuming` finds a cursor in one, `continuing` hands its partial answer back,
+`lost` ends one whose replica died, `recording` reads replays.
 """

@@ -5,6 +5,7 @@ from enum import Enum
 
 from penstock.core.errors import Problem
 from penstock.core.events import Intervention, Usage
+from penstock.core.kept_answer import KeptAnswer
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
 
@@ -133,6 +134,13 @@ class NoteIntervention:
 
 
 @dataclass(slots=True)
+class KeepAnswer:
+    """The engine's whole answer, of a stream that may be told again."""
+
+    answer: KeptAnswer
+
+
+@dataclass(slots=True)
 class RecordUsage:
     """The stream is over: its bill and what the trace tells of it.
 
@@ -178,6 +186,7 @@ Command = (
     | WakeAt
     | AskModerator
     | NoteIntervention
+    | KeepAnswer
     | RecordUsage
     | Close
 )

@@ -21,6 +21,7 @@ from penstock.core.commands import (
     Command,
     CutClient,
     Ending,
+    KeepAnswer,
     NoteIntervention,
     OpenClient,
     PauseEngine,
@@ -55,10 +56,12 @@ from penstock.core.events import (
     utf8_size,
 )
 from penstock.core.journey import Journey
+from penstock.core.kept_answer import AnswerKeeper
 from penstock.core.request import StreamRequest
 from penstock.core.setting import Setting
 from penstock.core.signals import (
     Annotated,
+    AnswerTold,
     Broke,
     Cancelled,
     ClientBacklog,
@@ -85,7 +88,7 @@ from penstock.core.timeline import Timeline
 from penstock.core.transcript import Transcript
 
 # What is not heard any more of an engine that was given up.
-_OF_AN_ENGINE = (EngineSpoke, EngineTagged, EngineAnswered, EngineRefused, EngineClosed)
+_OF_AN_ENGINE = (EngineSpoke, EngineTagged, EngineAnswered, AnswerTold, EngineRefused, EngineClosed)
 
 
 class _Phase(Enum):
@@ -120,6 +123,7 @@ class Exchange:
         self._engine_is_done = False
         self._asks_at: float | None = None
         self._timeline = Timeline() if request.audit_timeline else None
+        self._keeper = AnswerKeeper(setting.keep_bytes) if setting.keep_bytes else None
         self._dialect = spell(self._journey.accounting.tokens_of)
         self._begun: StreamStarted | None = None
         self._told = Transcript(self._dialect, self._start, started=setting.started, epoch_ms=setting.epoch_ms)
@@ -165,8 +169,9 @@ class Exchange:
                 return self._change_engine(signal)
             case NoEngineLeft():
                 return self._without_engine(signal)
-            case EngineAnswered():
-                return self._hear(self._reader.read_whole(signal.body), signal.now)
+            case EngineAnswered() | AnswerTold():
+                read = self._reader.read_whole
+                return self._hear(signal.events if isinstance(signal, AnswerTold) else read(signal.body), signal.now)
             case EngineRefused():
                 return self._refused(signal)
             case EngineClosed():
@@ -205,6 +210,8 @@ class Exchange:
     def _hear(self, heard: list[Event], now: float) -> list[Command]:
         """One read of the engine, taken all the way."""
         self._last_heard = now
+        if self._keeper is not None:
+            self._keeper.note(heard)
         items, done, failure = self._sort(heard)
         if self._timeline is not None:
             self._timeline.note(items, now - self._setting.started)
@@ -474,6 +481,8 @@ class Exchange:
         self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices, self._request.engine_stops)
         self._begun, self._gave_up, self._last_heard = None, None, chosen.now
         self._told.forget_ext()
+        if self._keeper is not None:
+            self._keeper.begin_anew()
         return []
 
     def _without_engine(self, signal: NoEngineLeft) -> list[Command]:
@@ -564,7 +573,12 @@ class Exchange:
             commands = [Respond(code, body, {})]
         self._phase = _Phase.OVER
         record = self._record(ending, usage, failure.code if failure else None, now)
-        return [*commands, *self._interventions(), record, Close(patient=ending is Ending.COMPLETED)]
+        kept = self._kept() if status == "completed" else []
+        return [*commands, *self._interventions(), *kept, record, Close(patient=ending is Ending.COMPLETED)]
+
+    def _kept(self) -> list[Command]:
+        answer = self._keeper.answer() if self._keeper is not None else None
+        return [] if answer is None else [KeepAnswer(answer)]
 
     def _respond_problem(self, ending: Ending, problem: Problem, now: float) -> list[Command]:
         """Nothing was sent yet, so the failure is a real HTTP status."""

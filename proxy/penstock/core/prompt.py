@@ -27,7 +27,10 @@ def prefix_key(body: bytes, most_bytes: int) -> bytes:
         if isinstance(message, dict) and message.get("role") == "assistant":
             break
         beginning.append(message)
-    text = orjson.dumps([request.get("model"), beginning, request.get("tools")])
+    try:
+        text = orjson.dumps([request.get("model"), beginning, request.get("tools")])
+    except TypeError:  # nested more deeply than it writes; whatever vLLM makes of that, it is no conversation
+        text = body
     return blake2b(text[:most_bytes], digest_size=16).digest()
 
 

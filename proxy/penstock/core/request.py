@@ -53,6 +53,7 @@ _MOST_USER_TEXT = 4096
 _OPTIONS = (
     "annotations",
     "audit",
+    "cache",
     "continue",
     "family",
     "include_stop",
@@ -96,6 +97,8 @@ class StreamRequest:
     """The id of the failed stream whose partial answer is to be appended to."""
     text_bytes: int
     """Bytes of text in the messages, from which the length of the prompt can be guessed."""
+    cache: bool | None
+    """Whether the caller lets the answer be one that was given before, and be kept; None leaves it to the settings."""
     audit_timeline: bool
     audit_masks: bool
     """Whether the caller wants a timeline in the audit, and no text of this stream in it."""
@@ -177,6 +180,7 @@ def read_request(
         on_disconnect=options.get("on_disconnect"),
         continues=options.get("continue"),
         text_bytes=_text_bytes(request["messages"]),
+        cache=options.get("cache"),
         audit_timeline=options.get("audit", {}).get("timeline", False),
         audit_masks=options.get("audit", {}).get("mask", False),
         begun_text=_begun_text(request),
@@ -229,7 +233,7 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
             raise _wrong(name, "must be the name of a model family")
         if name == "audit" and not _is_audit_options(value):
             raise _wrong(name, "must be an object of `timeline` and `mask`, each true or false")
-        if name == "include_stop" and not isinstance(value, bool):
+        if name in ("include_stop", "cache") and not isinstance(value, bool):
             raise _wrong(name, "must be true or false")
         if name == "stop" and not _is_stop_list(value):
             raise _wrong(name, "must be a list of 1 to 16 strings that are not empty")

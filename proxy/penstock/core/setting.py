@@ -58,3 +58,5 @@ class Setting:
     """The moderation rules for this stream; None where there are none."""
     watching: Watching | None = None
     """The classifiers that judge the stream; None where there are none."""
+    keep_bytes: int = 0
+    """An answer of up to so many bytes is handed out when it is whole, to be told again; 0: none is."""

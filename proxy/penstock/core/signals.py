@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.core.errors import Problem
-from penstock.core.events import Opinion
+from penstock.core.events import Event, Opinion
 from penstock.core.frames import Record
 from penstock.core.tagged_stream import TaggedReader
 
@@ -50,6 +50,14 @@ class EngineAnswered:
     """The whole body of an answer that was not streamed."""
 
     body: bytes
+    now: float
+
+
+@dataclass(slots=True)
+class AnswerTold:
+    """A piece of an answer that no engine gives now: what a reader would have made of an engine's words."""
+
+    events: list[Event]
     now: float
 
 
@@ -195,6 +203,7 @@ Signal = (
     | EngineSpoke
     | EngineTagged
     | EngineAnswered
+    | AnswerTold
     | EngineRefused
     | EngineClosed
     | ClientLeft

@@ -23,9 +23,17 @@ _log = logging.getLogger("penstock")
 _BYTES_A_TOKEN = 4
 
 
+def guessed_tokens(size: int) -> int:
+    """About how many tokens so many bytes of text are."""
+    return size // _BYTES_A_TOKEN
+
+
 @dataclass(slots=True)
 class Account:
-    """One admitted stream. Close it once: by `settle`, then `bill`, or by `drop` where nothing was begun."""
+    """One admitted stream, or request that is passed on.
+
+    Close it once: by `settle`, then `bill`, or by `drop` where nothing was begun.
+    """
 
     headers: dict[str, str]
     _books: "Books"
@@ -71,10 +79,15 @@ class Books:
 
     async def open(self, caller: Caller, stream_id: str, request: StreamRequest, trace: StreamTrace) -> Account:
         """Counts the request before it costs anything. Raises `Problem` where its caller may not have it now."""
-        prompt = request.text_bytes // _BYTES_A_TOKEN
+        prompt = guessed_tokens(request.text_bytes)
         answer = None if request.max_tokens is None else max(0, request.max_tokens) * request.choices
         grant = await self.limits.admit(caller, stream_id, prompt, answer)
         return Account(grant.headers, self, caller, grant, stream_id, trace)
+
+    async def open_passed(self, caller: Caller, request_id: str, size: int, trace: StreamTrace) -> Account:
+        """The same for a request that is passed on as it is; `size` are the bytes of it that a model reads."""
+        grant = await self.limits.admit(caller, request_id, guessed_tokens(size), 0)
+        return Account(grant.headers, self, caller, grant, request_id, trace)
 
     def settle(self, grant: Grant, ended: RecordUsage) -> None:
         self.limits.settle(grant, billed_tokens(ended.usage, self._records.bill))

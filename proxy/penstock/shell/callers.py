@@ -19,6 +19,13 @@ class Caller:
     def may_ask(self, model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in self.plan.models)
 
+    def check_model(self, model: str) -> None:
+        """Raises `CallerError` where this caller may not ask for it."""
+        if not self.may_ask(model):
+            allowed = ", ".join(self.plan.models)
+            message = f"the key of {self.name} is not for the model {model!r}; it may ask for {allowed}"
+            raise CallerError("model_not_allowed", message, status=403, param="model")
+
     def models_in(self, listed: bytes) -> bytes:
         """A list of models without those that this caller may not ask for; the same bytes where it may all."""
         if "*" in self.plan.models:

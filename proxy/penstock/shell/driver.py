@@ -14,6 +14,7 @@ from penstock.core.commands import (
     Close,
     Command,
     CutClient,
+    KeepAnswer,
     NoteIntervention,
     OpenClient,
     PauseEngine,
@@ -28,6 +29,7 @@ from penstock.core.commands import (
 from penstock.core.errors import EngineError
 from penstock.core.events import Intervention
 from penstock.core.exchange import Exchange
+from penstock.core.kept_answer import KeptAnswer
 from penstock.core.signals import (
     Broke,
     ClientBacklog,
@@ -67,6 +69,7 @@ class Driver:
         note: Callable[[Intervention], None],
         judge: Callable[[AskModerator, int], Awaitable[VerdictReached]],
         carry_on: Callable[[RunTools | AskAgain], None] | None = None,
+        keep: Callable[[KeptAnswer], None] | None = None,
     ) -> None:
         self._exchange = exchange
         self._client = client
@@ -77,6 +80,7 @@ class Driver:
         self._holds = holds
         self._note = note
         self._carry_on = carry_on
+        self._keep = keep
         self._judge = judge
         self._loop = asyncio.get_running_loop()
         self._conversation: asyncio.Task[None] | None = None
@@ -180,6 +184,9 @@ class Driver:
                         self._in_background(self._ask_moderator(command, watch))
                 case NoteIntervention():
                     self._note(command.intervention)
+                case KeepAnswer():
+                    if self._keep is not None:
+                        self._keep(command.answer)
                 case _:
                     assert_never(command)
         return writes

@@ -1,23 +1,35 @@
-"""Answers that no engine is asked for: written or recorded beforehand, told at a set pace.
+"""Answers that no engine is asked for, told at a set pace: written beforehand, or given by an engine before.
 
-They take the same journey as an engine's: what comes out of here are vLLM's own chunks.
+They take the same journey as an engine's: what comes out of here is what a reader makes of an engine's words.
 """
 
 import asyncio
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from string import Template
-from typing import Any
 
 import orjson
 
 from penstock.core.errors import Problem
+from penstock.core.events import (
+    Channel,
+    EngineDone,
+    EngineOpened,
+    EngineUsage,
+    Event,
+    Ext,
+    Finished,
+    Role,
+    Text,
+    utf8_size,
+)
+from penstock.core.kept_answer import KeptAnswer
 from penstock.core.prompt import last_question
 from penstock.core.request import StreamRequest
-from penstock.core.signals import EngineAnswered, EngineChosen, EngineSpoke
+from penstock.core.signals import AnswerTold, EngineChosen
 from penstock.settings import PreparedSettings
 from penstock.shell.sources import Ear
 
@@ -25,6 +37,8 @@ from penstock.shell.sources import Ear
 _LONGEST_QUESTION = 2000
 # What is told at once: a word and the space before it, as tokens mostly are.
 _PIECE = re.compile(r"\s*\S+\s*?(?=\s|$)|\s+")
+# No engine worked, so there is nothing to bill.
+_NO_TOKENS: Ext = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +48,7 @@ class Prepared:
     settings: PreparedSettings
     pattern: re.Pattern[str]
 
-    def answer(self, request: StreamRequest) -> "PreparedAnswer | None":
+    def answer(self, request: StreamRequest, stream_id: str) -> "ToldAnswer | None":
         """The answer to this request, None where it is not for it."""
         if request.choices != 1 or not any(fnmatchcase(request.model, model) for model in self.settings.models):
             return None
@@ -45,42 +59,55 @@ class Prepared:
         # What stands for nothing known stays as it is.
         words = {"model": request.model, **{k: v or "" for k, v in match.groupdict().items()}}
         text = Template(self.settings.text).safe_substitute(words)
-        return PreparedAnswer(self.settings.id, request, text, self.settings.words_per_second)
+        pace = self.settings.words_per_second
+        return ToldAnswer(f"answers/{self.settings.id}", _written(text), request, stream_id, pace)
 
 
 def prepare(answers: list[PreparedSettings]) -> list[Prepared]:
     return [Prepared(answer, re.compile(answer.question, re.IGNORECASE | re.DOTALL)) for answer in answers]
 
 
-class PreparedAnswer:
+def _written(text: str) -> KeptAnswer:
+    """A text as the answer that a model would have given."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    whole = orjson.dumps({"id": "", "object": "chat.completion", "created": 0, "model": "", "choices": [choice]})
+    finish = Finished(0, "stop", reason="stop", cause="eos")
+    return KeptAnswer(None, None, whole, (Role(0, "assistant"), Text(0, Channel.ANSWER, text), finish), utf8_size(text))
+
+
+class ToldAnswer:
     """The source of one stream. It cannot fail, so there is nobody else to try."""
 
-    def __init__(self, name: str, request: StreamRequest, text: str, words_per_second: float) -> None:
-        self._name = name
+    def __init__(
+        self, upstream: str, answer: KeptAnswer, request: StreamRequest, stream_id: str, words_per_second: float
+    ) -> None:
+        self._upstream = upstream
+        self._answer = answer
         self._request = request
-        self._text = text
+        self._id = f"chatcmpl-{stream_id}"
         self._pause = 1 / words_per_second
-        self._id = f"chatcmpl-{name}"
-        self._created = int(time.time())
         self._now = asyncio.get_running_loop().time
         self._flowing = asyncio.Event()
         self._flowing.set()
 
     async def speak(self, ear: Ear) -> None:
-        ear.hear(EngineChosen(f"answers/{self._name}", None, self._now()))
+        ear.hear(EngineChosen(self._upstream, None, self._now()))
+        begin: list[Event] = [self._opened(), EngineUsage(_NO_TOKENS, final=True)]
         if not self._request.streams:
-            ear.hear(EngineAnswered(self._whole(), self._now()))
+            ear.hear(AnswerTold([*begin, *self._answer.again(), EngineDone()], self._now()))
             return
         due = self._now()
-        for chunk in self._chunks():
+        for piece in self._pieces():
             # By the clock, not by pauses: what the writing took does not slow the pace.
             await asyncio.sleep(max(0.0, due - self._now()))
             await self._flowing.wait()
             if ear.is_over:
                 return
-            ear.hear(EngineSpoke(b"data: %b\n\n" % orjson.dumps(chunk), self._now()))
+            ear.hear(AnswerTold([*begin, piece], self._now()))
+            begin = []
             due += self._pause
-        ear.hear(EngineSpoke(b"data: [DONE]\n\n", self._now()))
+        ear.hear(AnswerTold([EngineDone()], self._now()))
 
     def pause(self) -> None:
         self._flowing.clear()
@@ -98,23 +125,17 @@ class PreparedAnswer:
     async def is_healthy(self) -> bool:
         return True
 
-    def _chunks(self) -> Iterator[dict[str, Any]]:
-        yield self._told("chat.completion.chunk", {"delta": {"role": "assistant", "content": ""}})
-        for piece in _PIECE.findall(self._text):
-            yield self._told("chat.completion.chunk", {"delta": {"content": piece}})
-        yield self._told("chat.completion.chunk", {"delta": {}, "finish_reason": "stop"})
-        yield {**self._told("chat.completion.chunk", {}), "choices": [], "usage": _NO_TOKENS}
+    def _opened(self) -> EngineOpened:
+        answer, model, created = self._answer, self._answer.model or self._request.model, int(time.time())
+        whole = None
+        if answer.whole is not None and not self._request.streams:
+            named = {"id": self._id, "created": created, "model": model, "usage": dict(_NO_TOKENS)}
+            whole = orjson.loads(answer.whole) | named
+        return EngineOpened(self._id, model, created, whole, answer.state)
 
-    def _whole(self) -> bytes:
-        message = {"role": "assistant", "content": self._text}
-        told = self._told("chat.completion", {"message": message, "finish_reason": "stop"})
-        return orjson.dumps({**told, "usage": _NO_TOKENS})
-
-    def _told(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        choices = [{"index": 0, "logprobs": None, "finish_reason": None, **choice}]
-        model = self._request.model
-        return {"id": self._id, "object": kind, "created": self._created, "model": model, "choices": choices}
-
-
-# No engine worked, so there is nothing to bill.
-_NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    def _pieces(self) -> Iterator[Event]:
+        for event in self._answer.again():
+            if isinstance(event, Text) and event.logprobs is None and event.token_ids is None:
+                yield from (replace(event, text=word) for word in _PIECE.findall(event.text))
+            else:
+                yield event

@@ -24,6 +24,8 @@ _log = logging.getLogger("penstock")
 
 # A ledger that did not answer is left alone for so long, so that its callers do not each wait for it.
 _PAUSE_SECONDS = 1.0
+# No request uses more; a `max_tokens` of 300 digits would take the ledgers' arithmetic beyond what a float can hold.
+_MOST_RESERVED = 10**9
 # Settlements that wait for the shared ledger; past it the oldest is given up and its reservation stays charged.
 _MOST_WAITING = 10_000
 
@@ -179,7 +181,7 @@ def _entry(caller: Caller, stream_id: str, reserved: int, today: datetime) -> En
     return Entry(
         caller=caller.name,
         stream_id=stream_id,
-        reserved=reserved,
+        reserved=min(reserved, _MOST_RESERVED),
         requests=plan.requests_per_minute or 0,
         tokens=plan.tokens_per_minute or 0,
         streams=plan.streams or 0,

@@ -42,11 +42,15 @@ class Terms:
     asked: str
 
 
-async def read_terms(http: web.Request, body: bytes, request: StreamRequest) -> Terms:
-    """The terms of one request. It goes on without its client where it says so, or where it has a key to come back."""
+async def read_terms(http: web.Request, body: bytes, request: StreamRequest, engines_key: str) -> Terms:
+    """The terms of one request. It goes on without its client where it says so, or where it has a key to come back.
+
+    With another key for the engine it is another request: nobody gets the answer by an engine's key that it refuses.
+    """
     key = resuming.read_idempotency_key(http.headers.get("Idempotency-Key"))
     # Without a key nobody compares, and a large body costs milliseconds.
-    digest = hashlib.sha256(http.path.encode() + b"\0" + body).hexdigest() if key else ""
+    asked = f"{http.path}\0{engines_key}\0".encode(errors="surrogateescape")
+    digest = hashlib.sha256(asked + body).hexdigest() if key else ""
     lingers = key is not None if request.on_disconnect is None else request.on_disconnect == "linger"
     return Terms(key, digest, lingers, await _digest(request.engine_body) if request.streams else "")
 

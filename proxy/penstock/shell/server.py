@@ -65,7 +65,6 @@ class Server:
         self._telemetry = telemetry
         self._admission = Admission(settings.limits)
         self._asking = Asking(settings, gatekeeper, cluster, toolbox)
-        self._passthrough = Passthrough(settings, cluster, self._admission, self._asking.passed_authorization)
         self.store = store
         self._streams = Streams()
         self._resume = Resume(settings, self._streams, store)
@@ -80,6 +79,15 @@ class Server:
             admission=self._admission,
             streams=self._streams,
             resume=self._resume,
+        )
+        self._passthrough = Passthrough(
+            settings,
+            cluster,
+            telemetry,
+            books,
+            admission=self._admission,
+            authorization=self._asking.passed_authorization,
+            refuse_if_draining=self._serving.refuse_if_draining,
         )
         self._chat = Surface(CHAT, streams=None, continues=False, kind=_chat_kind, spell=self._spell_chat)
         store.start(self._streams.obey, self._record_lost)
@@ -112,7 +120,8 @@ class Server:
     async def drain(self) -> None:
         """Refuses new streams, gives open ones `timing.drain_seconds`, then ends the rest with an error event."""
         self._serving.is_draining = True
-        await self._streams.drain(self._settings.timing.drain_seconds)
+        seconds = self._settings.timing.drain_seconds
+        await asyncio.gather(self._streams.drain(seconds), self._passthrough.drain(seconds))
 
     # -- streams -----------------------------------------------------------------------------------
 

@@ -34,11 +34,8 @@ from penstock.shell.police import Police
 from penstock.shell.resume import Resume, Terms, read_terms
 from penstock.shell.stores.log import Claim
 from penstock.shell.streams import LiveStream, Streams
-from penstock.shell.telemetry import StreamTrace, Telemetry
+from penstock.shell.telemetry import CLIENT_GONE, StreamTrace, Telemetry
 from penstock.shell.tools import Toolbox
-
-# nginx's status for a client that left before its answer; nobody is there to see it but the trace.
-_CLIENT_GONE = 499
 
 TokensOf = Callable[[int], tuple[int, int]]
 """Prompt and completion tokens of a choice so far."""
@@ -95,10 +92,11 @@ class Serving:
         trace = self._telemetry.begin(http.headers, surface.route, stream_id)
         with ExitStack() as entered:
             try:
-                self._refuse_if_draining()
+                self.refuse_if_draining()
                 place = entered.enter_context(self._admission.entered(caller_of(http)))
                 request, terms = await self._read(http, surface, place)
-                caller = _allowed(http, request)
+                caller = caller_of(http)
+                caller.check_model(request.model)
                 family = self._family(request)
                 request = await self._continued(surface, caller, request, terms)
                 await self._cluster.refuse_too_long(request)
@@ -110,7 +108,7 @@ class Serving:
                 trace.refuse(problem.code, problem.status)
                 raise
             except asyncio.CancelledError:
-                trace.refuse("client_gone", _CLIENT_GONE)
+                trace.refuse("client_gone", CLIENT_GONE)
                 raise
             if isinstance(log, Claim):
                 account.drop()
@@ -143,14 +141,15 @@ class Serving:
         stream_id, request, trace = question.stream_id, question.request, question.trace
         loop = self._asking.loop_terms(question)
         looped = self._asking.ask_in_rounds(question) if loop is not None else None
+        source, keep = (looped, None) if looped is not None else self._asking.ask(question)
         policy = self._police.rules.choose(request.model, stream.principal)
         digest = policy.digest if policy is not None else None
         audited = self._police.audit.begin(stream_id, stream.principal, request, trace, digest)
-        setting = self._setting(question, stream, policy, loop)
+        setting = self._setting(question, stream, policy, loop, is_kept=keep is not None)
         return Driver(
             Exchange(request, setting, lambda tokens_of: surface.spell(stream_id, request, tokens_of)),
             stream.outlet,
-            looped or self._asking.ask(question),
+            source,
             stream_id=stream_id,
             closing_seconds=self._settings.timing.closing_seconds,
             record=lambda record: _record(stream, account, trace, audited, record),
@@ -158,9 +157,11 @@ class Serving:
             note=audited.note,
             judge=lambda asked, watch: self._police.moderator.ask(asked, watch, request),
             carry_on=looped.carry_on if looped is not None else None,
+            keep=keep,
         )
 
-    def _refuse_if_draining(self) -> None:
+    def refuse_if_draining(self) -> None:
+        """Raises `Overloaded` where this replica shuts down."""
         if self.is_draining:
             message = "this replica is shutting down; send the request again, it reaches another one"
             raise Overloaded("draining", message, headers={**RETRY, "Connection": "close"})
@@ -175,7 +176,7 @@ class Serving:
             running_usage=upstream.running_usage,
             engine_parses_tools=upstream.parses_tools,
         )
-        return request, await read_terms(http, body, request)
+        return request, await read_terms(http, body, request, self._asking.engines_key(http))
 
     async def _continued(self, surface: Surface, caller: Caller, request: StreamRequest, terms: Terms) -> StreamRequest:
         if request.continues is not None and not surface.continues:
@@ -194,7 +195,7 @@ class Serving:
         return family
 
     def _setting(
-        self, question: Question, stream: LiveStream, policy: Policy | None, loop: LoopTerms | None
+        self, question: Question, stream: LiveStream, policy: Policy | None, loop: LoopTerms | None, *, is_kept: bool
     ) -> Setting:
         limits, timing = self._settings.limits, self._settings.timing
         return Setting(
@@ -224,6 +225,7 @@ class Serving:
             citations=self._settings.annotations.patterns,
             watching=self._police.moderator.watching,
             loop=loop,
+            keep_bytes=self._settings.answer_cache.answer_bytes if is_kept else 0,
         )
 
     def _resumable_until(self) -> int | None:
@@ -239,12 +241,3 @@ def _record(
     trace.finish(record)
     account.settle(record)
     stream.when_decided(partial(account.bill, record))
-
-
-def _allowed(http: web.Request, request: StreamRequest) -> Caller:
-    caller = caller_of(http)
-    if not caller.may_ask(request.model):
-        allowed = ", ".join(caller.plan.models)
-        message = f"the key of {caller.name} is not for the model {request.model!r}; it may ask for {allowed}"
-        raise CallerError("model_not_allowed", message, status=403, param="model")
-    return caller

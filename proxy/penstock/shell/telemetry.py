@@ -5,6 +5,7 @@ variables alone; without an exporter named there nothing is recorded, and the ca
 on to the engine.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -26,6 +27,12 @@ from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.core.wishes import ToolRun
 
+# They warn of every malformed piece of a caller's headers, up to 180 lines a request.
+for _name in ("baggage.propagation", "trace.propagation.tracecontext", "trace.span"):
+    logging.getLogger(f"opentelemetry.{_name}").setLevel(logging.ERROR)
+
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its answer; nobody is there to see it but the trace."""
 _NOT_ERRORS = (Ending.COMPLETED, Ending.CANCELLED, Ending.CLIENT_GONE)
 
 
@@ -46,17 +53,17 @@ class Telemetry:
         provider.add_span_processor(BatchSpanProcessor(exporter))
         return cls(provider)
 
-    def begin(self, headers: Mapping[str, str], route: str, stream_id: str) -> "StreamTrace":
+    def begin(self, headers: Mapping[str, str], route: str, stream_id: str, method: str = "POST") -> "StreamTrace":
         """Opens the server span, child of the caller's span if `headers` name one."""
         # W3C allows ASCII only, and the propagators trip over bytes that are no UTF-8.
         carrier = {name.lower(): value for name, value in headers.items() if value.isascii()}
         context = propagate.extract(carrier)
         attributes: dict[str, AttributeValue] = {
-            "http.request.method": "POST",
+            "http.request.method": method,
             "http.route": route,
             "penstock.stream.id": stream_id,
         }
-        span = self._tracer.start_span(f"POST {route}", context, SpanKind.SERVER, attributes)
+        span = self._tracer.start_span(f"{method} {route}", context, SpanKind.SERVER, attributes)
         return StreamTrace(self._tracer, span, context, route)
 
     def close(self) -> None:
@@ -110,6 +117,12 @@ class StreamTrace:
         """It failed before its first token; whether another one is called or none is left, its span says so."""
         if self._client is not None:
             self._fail(self._client, problem.code)
+
+    def pass_on(self) -> Mapping[str, str]:
+        """The headers that carry the context on, of a request that is handed to an engine as it is."""
+        headers: dict[str, str] = {}
+        propagate.inject(headers, trace.set_span_in_context(self._server, self._context))
+        return headers
 
     @contextmanager
     def run_tool(self, run: ToolRun) -> Iterator[Mapping[str, str]]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import ssl
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class TlsFiles:
         self._settings = settings
         self._seen = self._fingerprints()
         self._newest = _context(settings)
+        self._roots = _read(settings.client_ca_file)
+        self._roots_since = 0.0
         self.context = _context(settings)
         self.context.sni_callback = self._choose
 
@@ -37,15 +40,28 @@ class TlsFiles:
             return
         self._seen = seen
         try:
-            self._newest = await asyncio.to_thread(_context, self._settings)
-        except SettingsError as error:
+            newest = await asyncio.to_thread(_context, self._settings)
+            roots = await asyncio.to_thread(_read, self._settings.client_ca_file)
+        except (SettingsError, OSError) as error:
             _log.error("the certificate in use stays as it was: %s", error)
-        else:
-            _log.info("the certificate was read again from %s", self._settings.cert_file)
+            return
+        if roots != self._roots:
+            self._roots, self._roots_since = roots, time.time()
+        self._newest = newest
+        _log.info("the certificate was read again from %s", self._settings.cert_file)
 
-    def _choose(self, connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
-        """OpenSSL asks here in every handshake, whether the client named a host or not."""
+    def _choose(self, connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> int | None:
+        """OpenSSL asks here in every handshake, whether the client named a host or not.
+
+        A session of TLS 1.2 that is taken up again brings the certificate that it began with, which nobody checks
+        anew. One from before the roots changed is refused; its client forgets it and makes a whole handshake.
+        """
+        if self._roots is not None and connection.session_reused:
+            session = connection.session
+            if session is None or session.time <= self._roots_since:
+                return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
         connection.context = self._newest
+        return None
 
     def _fingerprints(self) -> list[Any]:
         settings = self._settings
@@ -62,6 +78,9 @@ def _context(settings: Tls) -> ssl.SSLContext:
     if (roots := settings.client_ca_file) is not None:
         # Asked for and not required: probes of health come without one. The gate refuses them everywhere else.
         context.verify_mode = ssl.CERT_OPTIONAL
+        # A ticket brings its certificate, too, and a new ticket with it, for ever: so there are none.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
         _tried("client_ca_file", roots, lambda: context.load_verify_locations(roots))
     return context
 
@@ -76,10 +95,17 @@ def _tried(name: str, path: Path, load: Any) -> None:
         raise SettingsError(f"listen.tls.{name}: {path} cannot be read: {error}") from None
 
 
+def _read(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()
+
+
 def certificate_name(http: web.Request) -> str | None:
-    """Whose client certificate this connection has: its first URI or DNS name, otherwise its common name."""
+    """Whose client certificate this connection has: its first URI or DNS name, otherwise its common name.
+
+    None where there is none, or where it has expired since the connection or its session began.
+    """
     certificate = http.transport.get_extra_info("peercert") if http.transport is not None else None
-    if not certificate:
+    if not certificate or ssl.cert_time_to_seconds(certificate["notAfter"]) < time.time():
         return None
     names = [value for kind, value in certificate.get("subjectAltName", ()) if kind in ("URI", "DNS")]
     common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]

@@ -6,12 +6,13 @@ goes only to addresses that may be reached, follows no redirect, and has a key b
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
@@ -25,6 +26,8 @@ from penstock.core.signals import ToolReturned, ToolTried
 from penstock.core.wishes import ToolRun
 from penstock.shell.sources import Ear, Source
 from penstock.tool_settings import Binding, Tools
+
+_log = logging.getLogger("penstock")
 
 Networks = Sequence[IPv4Network | IPv6Network]
 Trace = Callable[[ToolRun], contextlib.AbstractContextManager[Mapping[str, str]]]
@@ -78,6 +81,10 @@ class Toolbox:
                 problem = str(failure)
                 if failure.may_retry:
                     continue
+                break
+            except Exception:  # a fault of ours, and the stream waits for an answer
+                _log.exception("tool %a: internal error", run.name)
+                problem = "Penstock failed on this call; its log says more"
                 break
             if len(answer.encode()) <= self._settings.loop.result_bytes:
                 return answer, None
@@ -163,7 +170,9 @@ class HttpTool:
     async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
         url = self._binding.url or ""
         check_literal(url, self._allowed)
-        merged = {**headers, "Content-Type": "application/json", "Idempotency-Key": run.key, "X-Tool-Name": run.name}
+        # The caller has named the tool, with line breaks if it liked.
+        named = {"Idempotency-Key": run.key, "X-Tool-Name": quote(run.name)}
+        merged = {**headers, "Content-Type": "application/json", **named}
         try:
             async with self._session.post(
                 url, data=run.arguments.encode(), headers=merged, allow_redirects=False
