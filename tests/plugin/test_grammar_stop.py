@@ -139,7 +139,7 @@ SHAPES: dict[str, Json] = {
     "special tokens shown": {"skip_special_tokens": False, "return_token_ids": True},
     "both": {"skip_special_tokens": False, "include_stop_str_in_output": True},
     "logprobs": {"logprobs": True, "top_logprobs": 1, "return_token_ids": True},
-    "choices": {"n": 3, "temperature": 1, "seed": 7, "return_token_ids": True},
+    "choices": {"n": 3, "temperature": 1, "top_k": 1, "return_token_ids": True},
     "streamed": {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True},
 }
 
