@@ -16,10 +16,15 @@ from aiohttp import ClientError, ClientPayloadError, web
 from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from penstock.core.dialects import Form
+from penstock.core.signals import Signal
 from penstock.core.verifier import parse_log, verify
+from penstock.shell.stores.log import DeferredLog, StreamInfo
+from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.stores.redis import stopped
+from penstock.shell.streams import LiveStream
 from support import chunks
-from support.http_client import FOLDED, Json, chat
+from support.http_client import FOLDED, SSE, Json, chat
 from support.links import Link, socket_link
 from support.redis_server import RedisServer, redis_server
 from support.replicas import STREAMS, Replicas, Word, begun, frames, replicas, resumed
@@ -325,3 +330,31 @@ async def _is_claimed(folder: Path) -> bool:
         return bool(await redis.keys("penstock:key:*"))
     finally:
         await redis.aclose()
+
+
+async def test_what_is_told_soon_has_the_time_at_which_it_is_told() -> None:
+    """The engine speaks in between, and the time of a stream's events does not go back."""
+    log = DeferredLog(StreamInfo("st_1", "anonymous", Form.SSE, "NativeSse", SSE, 0), MemoryStore(1000, 1))
+    loop, told = asyncio.get_running_loop(), list[Signal]()
+
+    class Carrier:
+        spoke = 0.0
+
+        async def run(self) -> None:
+            lost = loop.time()
+            log.lost(False)
+            while self.spoke <= lost:
+                self.spoke = loop.time()
+            await until(lambda: told != [])
+
+        async def tell(self, signal: Signal) -> None:
+            told.append(signal)
+
+        def hear(self, signal: Signal) -> None: ...
+
+        def leave(self) -> None: ...
+
+    nobody: Any = None
+    carrier = Carrier()
+    await LiveStream("st_1", "anonymous", nobody, log, linger_seconds=0, cut_linger_seconds=0).carry(carrier)
+    assert told[0].now >= carrier.spoke
