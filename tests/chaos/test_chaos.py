@@ -46,7 +46,15 @@ SETTINGS: Json = {
     "timing": {"drain_seconds": 1, "heartbeat_seconds": 1, "engine_silence_seconds": 2, "connect_seconds": 1},
 }
 # What a client may read that asked for nothing wrong: each says that something around the stream broke.
-ERRORS = {"replica_lost", "engine_gone", "engine_stalled", "engine_incomplete", "engine_unreachable", "engine_abort"}
+ERRORS = {
+    "replica_lost",
+    "engine_gone",
+    "engine_stalled",
+    "engine_incomplete",
+    "engine_unreachable",
+    "engine_abort",
+    "engine_timeout",
+}
 GIVE_UP_AFTER = 20  # answers that say that the stream is not known
 KILL_SHADOW_SECONDS = 3.0
 PATIENCE = 120.0

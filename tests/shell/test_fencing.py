@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientPayloadError, web
+from aiohttp import ClientError, ClientPayloadError, web
+from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from penstock.core.dialects import Form
+from penstock.core.signals import Signal
 from penstock.core.verifier import parse_log, verify
+from penstock.shell.stores.log import DeferredLog, StreamInfo
+from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.stores.redis import stopped
+from penstock.shell.streams import LiveStream
 from support import chunks
-from support.http_client import FOLDED, Json, chat
+from support.http_client import FOLDED, SSE, Json, chat
 from support.links import Link, socket_link
 from support.redis_server import RedisServer, redis_server
 from support.replicas import STREAMS, Replicas, Word, begun, frames, replicas, resumed
@@ -294,3 +300,61 @@ async def test_a_key_that_was_taken_while_redis_was_away_is_known_when_it_is_bac
         again = [await here.post(STREAMS, chat(), {**headers, "Idempotency-Key": key}) for key in ("k-1", "k-2")]
         assert [answer.body for answer in again] == [answer.body for answer in first]
         assert seen.requests == asked
+
+
+async def test_a_caller_that_leaves_while_its_stream_begins_may_ask_again_elsewhere(tmp_path: Path) -> None:
+    """Redis has begun the stream, and nobody carries it: whoever joined it is cut off, and then the key is free."""
+    app, seen = engine_app(saying(*chunks.answer_of(["Hello", " you"])))
+    headers = {"Accept": FOLDED, "Idempotency-Key": "k-1"}
+    async with world(app, tmp_path, store__timeout_seconds=5) as all_:
+        here, there = all_.both.callers
+        assert (await here.stream()).status == 200  # it has a connection that can stall
+        all_.links[0].stall(answers=True)
+        leaving = asyncio.create_task(here.post(STREAMS, chat(), headers))
+        await until(lambda: _is_claimed(tmp_path))
+        leaving.cancel()
+
+        async def answered() -> bool:
+            try:
+                return (await there.post(STREAMS, chat(), headers)).status == 200
+            except ClientError:
+                return False
+
+        await until(answered)
+        assert seen.requests == 2
+
+
+async def _is_claimed(folder: Path) -> bool:
+    redis: Redis = Redis.from_url(f"unix://{folder}/redis.sock")
+    try:
+        return bool(await redis.keys("penstock:key:*"))
+    finally:
+        await redis.aclose()
+
+
+async def test_what_is_told_soon_has_the_time_at_which_it_is_told() -> None:
+    """The engine speaks in between, and the time of a stream's events does not go back."""
+    log = DeferredLog(StreamInfo("st_1", "anonymous", Form.SSE, "NativeSse", SSE, 0), MemoryStore(1000, 1))
+    loop, told = asyncio.get_running_loop(), list[Signal]()
+
+    class Carrier:
+        spoke = 0.0
+
+        async def run(self) -> None:
+            lost = loop.time()
+            log.lost(False)
+            while self.spoke <= lost:
+                self.spoke = loop.time()
+            await until(lambda: told != [])
+
+        async def tell(self, signal: Signal) -> None:
+            told.append(signal)
+
+        def hear(self, signal: Signal) -> None: ...
+
+        def leave(self) -> None: ...
+
+    nobody: Any = None
+    carrier = Carrier()
+    await LiveStream("st_1", "anonymous", nobody, log, linger_seconds=0, cut_linger_seconds=0).carry(carrier)
+    assert told[0].now >= carrier.spoke

@@ -52,6 +52,22 @@ async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> N
         assert frames((await there).body) == everything[2:]
 
 
+async def test_a_cursor_is_not_ahead_of_a_replica_that_heard_less(redis: RedisServer) -> None:
+    """The stream's own replica sent it; the other one, which follows the stream already, has not read so far."""
+    word = Word()
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
+        path = f"{STREAMS}/{response.headers['X-Stream-Id']}/events"
+        async with both.callers[1].session.get(both.callers[1].url + path) as following:
+            await following.content.readany()
+            await stopped([both.store(1).tasks["listen"]])
+            word.say("More")
+            while b"More" not in seen or not seen.endswith(b"\n\n"):
+                seen += await response.content.readany()
+            after = f"{path}?after={len(frames(bytes(seen)))}"
+            async with both.callers[1].session.get(both.callers[1].url + after) as resuming:
+                assert resuming.status == 200
+
+
 async def test_a_reader_elsewhere_keeps_a_stream_going(redis: RedisServer) -> None:
     word = Word()
     async with replicas(word.app, [redis.url] * 2, store__linger_seconds=0.4) as both:

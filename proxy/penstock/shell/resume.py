@@ -217,11 +217,12 @@ class _Reader:
         self._connection = ClientConnection(http, headers, settings.pacing)
 
     async def run(self) -> web.StreamResponse:
-        while not self._log.is_open:
-            await self._log.changed(self._timing.heartbeat_seconds)
-        if self._log.whole is not None:
-            return _whole(self._log, self._headers)
         try:
+            while not self._log.is_open:
+                self._log.read(self._after, 0)  # raises where it was broken off
+                await self._log.changed(self._timing.heartbeat_seconds)
+            if self._log.whole is not None:
+                return _whole(self._log, self._headers)
             preamble = _PREAMBLES.get(self._form, native.NativeSse.preamble)
             await self._connection.open(_CONTENT_TYPES.get(self._form, self._log.info.content_type), preamble)
             await self._follow()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Protocol
 
 from penstock.core.signals import Cancelled, Draining, ReadAgain, Signal, StoreLost, TakenOver, Unread
@@ -212,10 +213,14 @@ class LiveStream:
         if self._driver is not None:
             await self._driver.tell(signal)
 
-    def tell_soon(self, signal: Signal) -> None:
-        task = asyncio.create_task(self.tell(signal))
+    def tell_soon(self, signal: Callable[[float], Signal]) -> None:
+        """`signal` is made when it is told, since another one may be told before it and time must not go back."""
+        task = asyncio.create_task(self._tell_now(signal))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+
+    async def _tell_now(self, signal: Callable[[float], Signal]) -> None:
+        await self.tell(signal(self._loop.time()))
 
     def watch(self, seconds: float) -> None:
         """Somebody reads it at another replica, and will for so long."""
@@ -233,13 +238,13 @@ class LiveStream:
             tell(False)
 
     def _store_lost(self, fatal: bool) -> None:
-        self.tell_soon(StoreLost(fatal, self._loop.time()))
+        self.tell_soon(partial(StoreLost, fatal))
 
     def _taken_over(self) -> None:
         """Its client must not be told another end than the log has: it is cut off and may resume."""
         self.outlet.abort()
         self.outlet.detach()
-        self.tell_soon(TakenOver(self._loop.time()))
+        self.tell_soon(TakenOver)
 
     @contextmanager
     def read(self) -> Iterator[None]:
@@ -350,7 +355,7 @@ class Streams:
         if (stream := self._live.get(stream_id)) is None:
             return
         if word == "cancel":
-            stream.tell_soon(Cancelled(asyncio.get_running_loop().time()))
+            stream.tell_soon(Cancelled)
         elif word == "watch":
             stream.watch(seconds)
 

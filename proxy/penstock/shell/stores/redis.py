@@ -227,10 +227,15 @@ class RedisStore:
         return log
 
     async def find(self, stream_id: str) -> StreamLog | None:
-        if (log := await self.local.find(stream_id)) is not None:
+        log, mirror = await self.local.find(stream_id), self._mirrors.get(stream_id)
+        if log is not None and mirror is None:
             return log
         try:
-            return await self._mirror(stream_id)
+            if mirror is None:
+                return await self._mirror(stream_id)
+            # Whoever asks may have heard more from the stream's own replica than was heard of here.
+            await self._catch_up(mirror)
+            return mirror
         except (RedisError, OSError) as error:
             await self._doubt(error)
             message = "the store that knows the stream cannot be reached; ask again"
@@ -344,7 +349,7 @@ class RedisStore:
                 log.abandon()
             elif not tail:
                 self._lose(log, draft)  # Redis has forgotten the stream
-            elif _number(tail) < draft.first:
+            elif _place(tail[0][0])[0] < draft.first:
                 missing.append((log, draft))
             else:
                 log.commit(draft)
@@ -730,6 +735,9 @@ class _Mirror(StreamLog):
         self.idle_since = asyncio.get_running_loop().time()
 
     def take(self, entry_id: bytes, fields: _Fields) -> None:
+        """What was taken before is not taken again: whoever follows the log and whoever asks for it read it both."""
+        if _place(entry_id) <= _place(self.cursor.encode()):
+            return
         self.cursor = entry_id.decode()
         self.idle_since = asyncio.get_running_loop().time()
         data = fields.get(b"d")
@@ -762,9 +770,10 @@ async def _again(ask: Callable[[], Awaitable[Any]]) -> Any:
         return await ask()
 
 
-def _number(tail: Any) -> int:
-    """Of the entry that the log ends with: the event that it starts with."""
-    return int(tail[0][0].partition(b"-")[0])
+def _place(entry_id: bytes) -> tuple[int, int]:
+    """Where an entry stands in its log: the event that it starts with, and a second number."""
+    first, _, second = entry_id.partition(b"-")
+    return int(first), int(second)
 
 
 def _to_meta(info: StreamInfo) -> dict[str, Any]:
