@@ -245,46 +245,6 @@ async def test_a_cancel_while_a_tool_runs_stops_both(how: str) -> None:
     assert (service.executed.total(), len(model.asked)) == (0, 1)
 
 
-# --- Once -----------------------------------------------------------------------------------------
-
-
-async def one_of_many(setup: Setup, number: int) -> None:
-    """A client with a key that is cut off somewhere and comes again, by a retry or by a resume."""
-    request, headers = chat(tools=[COUNT], user=f"u{number}"), {"Accept": SSE, "Idempotency-Key": f"k{number}"}
-    async with setup.caller.opened("/v1/streams", request, headers) as response:
-        stream_id = response.headers["X-Stream-Id"]
-        if number % 3:
-            await response.content.readany()
-    if number % 3 == 1:
-        answer = await setup.caller.get(f"/v1/streams/{stream_id}/events", {"Accept": SSE})
-    else:
-        answer = await setup.caller.post("/v1/streams", request, headers)
-    assert answer.text() == "Let me count.It is 7.", answer.body
-    assert len(answer.of("tool_call.ready")) == len(answer.of("tool_call.result")) == 1
-
-
-async def many(count: int, knows_keys: bool) -> CountingService:
-    service = CountingService(knows_keys=knows_keys, delay=0.01)
-    model = Model(*ONCE, doubles=True)
-    async with running(service, model, limits__streams_per_key=5000, limits__streams=5000) as setup:
-        for start in range(0, count, 50):
-            await asyncio.gather(*(one_of_many(setup, n) for n in range(start, min(start + 50, count))))
-    return service
-
-
-@pytest.mark.parametrize("knows_keys", [True, False])
-async def test_every_call_is_executed_once_whatever_the_clients_do(knows_keys: bool) -> None:
-    service = await many(40, knows_keys)
-    assert (len(service.executed), service.executed.total()) == (40, 40)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("knows_keys", [True, False])
-async def test_two_thousand_streams(knows_keys: bool) -> None:
-    service = await many(2000, knows_keys)
-    assert (len(service.executed), service.executed.total()) == (2000, 2000)
-
-
 # --- Where tools may stand ------------------------------------------------------------------------
 
 

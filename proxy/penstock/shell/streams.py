@@ -88,10 +88,14 @@ class Outlet:
             self._lost()
         return True
 
-    async def room(self) -> None:
-        """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+    async def settled(self) -> None:
+        """Until the log has all that was sent."""
         if self._later is not None:
             await self._later.settled()
+
+    async def room(self) -> None:
+        """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+        await self.settled()
         connection = self._connection
         try:
             if connection is not None:
@@ -130,8 +134,7 @@ class Outlet:
 
     async def _end(self) -> None:
         self.end()
-        if self._later is not None:
-            await self._later.settled()
+        await self.settled()
 
     def end(self) -> None:
         if self._log is not None:

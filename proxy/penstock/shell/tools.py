@@ -341,6 +341,10 @@ class LoopedAnswer:
                     return
                 await self._turn_is_over.wait()  # the engine has said all, and a verdict on it may still be out
                 self._turn_is_over.clear()
+                # A stream of which another replica knows nothing may be asked for anew, and then the tool is as well.
+                await ear.logged()
+                if ear.is_over:
+                    return
                 for run in self._runs:
                     task = asyncio.create_task(self._run(run, ear))
                     self._tasks.add(task)
