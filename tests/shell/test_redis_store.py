@@ -53,6 +53,22 @@ async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> N
         assert frames((await there).body) == everything[2:]
 
 
+async def test_a_cursor_that_another_replica_has_not_heard_of_yet_is_waited_for(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+        stream_id, had = response.headers["X-Stream-Id"], len(frames(bytes(seen)))
+        assert (await both.callers[1].get(f"{STREAMS}/{stream_id}")).json["last_seq"] == had
+        store = both.store(1)
+        await stopped([store.tasks["listen"]])
+        word.may_go_on.set()
+        rest = frames(await response.read())
+        ahead = await resumed(both.callers[1], stream_id, had + 1000)
+        assert (ahead.status, ahead.error["code"]) == (409, "cursor_ahead")
+        late = asyncio.create_task(resumed(both.callers[1], stream_id, had + 1))
+        store.tasks["listen"] = asyncio.create_task(store._listen())
+        assert frames((await late).body) == rest[1:]
+
+
 async def test_a_reader_elsewhere_keeps_a_stream_going(redis: RedisServer) -> None:
     word = Word()
     async with replicas(word.app, [redis.url] * 2, store__linger_seconds=0.4) as both:

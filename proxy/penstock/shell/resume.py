@@ -24,6 +24,8 @@ from penstock.shell.streams import Streams
 _CHUNK = 64 * 1024
 # A body over this is hashed beside the loop: a megabyte takes about a millisecond.
 _HASHED_AT_ONCE = 256 * 1024
+# What one replica has sent another one hears within milliseconds, unless that one is very busy.
+_CATCH_UP_SECONDS = 1.0
 _CONTENT_TYPES = {Form.SSE: native.NativeSse.content_type, Form.NDJSON: native.NativeNdjson.content_type}
 _HEARTBEATS = {Form.NDJSON: native.NativeNdjson.heartbeat}
 _PREAMBLES = {Form.NDJSON: native.NativeNdjson.preamble}
@@ -171,6 +173,8 @@ class Resume:
         if log.info.form is Form.FOREIGN and after:
             message = "this stream is not one of events, so it is replayed from its start; resume it without a cursor"
             raise CallerError("cursor_ahead", message, status=409)
+        while log.lags and not log.is_over and after > log.last and await log.changed(_CATCH_UP_SECONDS):
+            continue  # the client was sent it by the replica that carries the stream; here it comes a moment later
         if after > log.last:
             raise CallerError(
                 "cursor_ahead",

@@ -71,6 +71,8 @@ class StreamLog:
 
     is_deferred: ClassVar[bool] = False
     """Whether what is handed in is in the log only later: then `DeferredLog` says more."""
+    lags: ClassVar[bool] = False
+    """Whether it may not have yet what its client was sent: another process writes it."""
 
     def __init__(self, info: StreamInfo, owner: "LogOwner") -> None:
         self.info = info

@@ -23,7 +23,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import orjson
 from redis.asyncio import Redis
@@ -775,6 +775,8 @@ class _Nobody:
 
 class _Mirror(StreamLog):
     """A log that another replica writes."""
+
+    lags: ClassVar[bool] = True
 
     def __init__(self, info: StreamInfo, owner: LogOwner, replica: str) -> None:
         super().__init__(info, owner)
