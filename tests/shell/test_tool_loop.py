@@ -192,6 +192,44 @@ async def test_after_the_last_round_the_model_must_answer() -> None:
     assert len({event["call_id"] for event in answer.of("tool_call.start")}) == 3
 
 
+# --- What stands beside the text, over the turns --------------------------------------------------
+
+
+async def test_the_value_of_an_answer_is_that_of_its_last_turn() -> None:
+    last = chunks.answer_of(['{"n"', ": 7}"])
+    service, model = CountingService(), Model(ONCE[0], last)
+    async with running(service, model) as setup:
+        answer = await streamed(setup, response_format={"type": "json_object"})
+    assert answer.one("structured")["value"] == {"n": 7}
+    assert answer.of("warning") == []
+
+
+async def test_a_section_that_a_call_breaks_off_is_no_value_and_the_next_turn_has_its_own() -> None:
+    first = calling_turn(call(0), before='So <v>{"half": ')
+    service, model = CountingService(), Model(first, chunks.answer_of(["Then <", 'v>{"n": 7}</', "v>."]))
+    wish = {"structured": {"sections": {"open": "<v>", "close": "</v>"}}}
+    async with running(service, model) as setup:
+        answer = await streamed(setup, penstock=wish)
+    assert [(event["section"], event["value"]) for event in answer.of("structured")] == [(1, {"n": 7})]
+    assert [event["code"] for event in answer.of("warning")] == ["structured_invalid"]
+    assert answer.text() == 'So {"half": Then {"n": 7}.'
+
+
+async def test_citations_of_every_turn_have_their_place_in_the_block_of_that_turn() -> None:
+    first, last = calling_turn(call(0), before="See [1], and [2"), chunks.answer_of(["It is 7 [", "3]."])
+    service, model = CountingService(), Model(first, last)
+    patterns = [{"open": "[", "close": "]", "body": r"\d+"}]
+    async with running(service, model, annotations__citations=patterns) as setup:
+        answer = await streamed(setup)
+        replay = await setup.caller.get(f"/v1/streams/{answer.headers['X-Stream-Id']}/events", {"Accept": NDJSON})
+    notes = [(event["data"]["marker"], event["anchor"]["offset"]) for event in answer.of("annotation")]
+    assert notes == [("[1]", 4), ("[3]", 8)]
+    blocks = [event["anchor"]["block"] for event in answer.of("annotation")]
+    assert blocks == [event["block"] for event in answer.of("text.start")]
+    assert answer.text() == "See , and [2It is 7 ."
+    assert replay.events == answer.events
+
+
 # --- Tools that fail ------------------------------------------------------------------------------
 
 
