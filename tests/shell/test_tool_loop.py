@@ -6,14 +6,17 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import httpx2
 import pytest
 from aiohttp import web
 
 from penstock.settings import SettingsError, load_settings
+from penstock.shell.mcp_transport import guarded_client
 from penstock.shell.reach import may_reach
 from penstock.shell.replay import serving
 from penstock.shell.tools import HttpTool
@@ -21,7 +24,7 @@ from support import chunks
 from support.http_client import NDJSON, SSE, Answer, chat, whole
 from support.sockets import until
 from support.tools import COUNT, CountingService, Model, call, calling_turn
-from support.upstreams import Setup, engine_app, in_front_of
+from support.upstreams import Setup, engine_app, in_front_of, opened
 
 LOOPBACK = ["127.0.0.0/8"]
 ANSWER = chunks.answer_of(["It ", "is 7."])
@@ -382,6 +385,29 @@ async def test_a_name_that_leads_elsewhere_the_second_time_is_not_followed(
     assert not any(answer.one("tool_call.result")["ok"] for answer in answers)
     assert looked_up
     assert seen == []
+
+
+async def test_an_endless_answer_to_a_message_of_ours_is_not_read_to_its_end() -> None:
+    """Below an MCP session, whose own stream, a GET, may be as long as it likes."""
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = await opened(request)
+        while request.method == "POST" or sent < 3 << 20:
+            await response.write(b"x" * 65536)
+            sent += 65536
+        return response
+
+    app = web.Application()
+    app.router.add_route("*", "/mcp", endless)
+    networks = [ip_network("127.0.0.0/8")]
+    async with serving(app) as url, guarded_client({}, networks, result_bytes=1000) as client:
+        with pytest.raises(httpx2.ReadError, match="more than"):
+            await client.post(f"{url}/mcp")
+        assert sent < 16 << 20
+        sent = 0
+        assert len((await client.get(f"{url}/mcp")).content) == 3 << 20
 
 
 # --- MCP ------------------------------------------------------------------------------------------

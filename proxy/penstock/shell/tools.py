@@ -171,6 +171,7 @@ class McpTool:
     def __init__(self, binding: Binding, settings: Tools) -> None:
         self._binding = binding
         self._allowed = settings.loop.networks
+        self._most = settings.loop.result_bytes
         self._session: _McpSession | None = None
         self._living: set[asyncio.Task[None]] = set()
 
@@ -229,7 +230,7 @@ class McpTool:
             if binding.mcp is not None:
                 await self._check(binding.mcp)
                 headers = {name: value.get_secret_value() for name, value in binding.headers.items()}
-                client = await stack.enter_async_context(guarded_client(headers, self._allowed))
+                client = await stack.enter_async_context(guarded_client(headers, self._allowed, self._most))
                 streams = await stack.enter_async_context(streamable_http_client(binding.mcp, http_client=client))
             else:
                 command, *arguments = binding.command
