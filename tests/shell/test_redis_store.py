@@ -55,7 +55,7 @@ async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> N
 
 async def test_a_cursor_that_another_replica_has_not_heard_of_yet_is_waited_for(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
         stream_id, had = response.headers["X-Stream-Id"], len(frames(bytes(seen)))
         assert (await both.callers[1].get(f"{STREAMS}/{stream_id}")).json["last_seq"] == had
         store = both.store(1)
@@ -94,7 +94,7 @@ async def test_a_delete_at_another_replica_cancels(redis: RedisServer) -> None:
 
 async def test_notes_reach_the_stream_from_every_replica_in_their_order(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis, 3, annotations__notes_per_stream=30) as three:
+    async with replicas(word.app, [redis.url] * 3, annotations__notes_per_stream=30) as three:
         async with begun(three.callers[0], chat()) as (response, seen):
             stream_id = response.headers["X-Stream-Id"]
             for number in range(30):
@@ -117,7 +117,7 @@ async def test_notes_reach_the_stream_from_every_replica_in_their_order(redis: R
 
 async def test_the_notes_of_one_backend_that_does_not_wait_are_all_there(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, seen):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
         stream_id = response.headers["X-Stream-Id"]
         answers = await asyncio.gather(*(noted(both.callers[n % 2], stream_id, number=n) for n in range(40)))
         assert {answer.status for answer in answers} == {202}
@@ -129,7 +129,7 @@ async def test_the_notes_of_one_backend_that_does_not_wait_are_all_there(redis: 
 
 async def test_a_note_for_a_replica_that_died_is_not_said_to_be_taken(redis: RedisServer) -> None:
     word = Word()
-    async with replicas(word.app, redis) as both, begun(both.callers[0], chat()) as (response, _):
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, _):
         stream_id = response.headers["X-Stream-Id"]
         await both.kill(0)
         silent = await noted(both.callers[1], stream_id)
