@@ -10,7 +10,7 @@ from aiohttp import ClientPayloadError, web
 from redis.asyncio import Redis
 
 from penstock.core.verifier import parse_log, verify
-from penstock.shell.stores.redis import RedisStore, stopped
+from penstock.shell.stores.redis import RedisLog, RedisStore, stopped
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Caller, Json, chat
 from support.redis_server import RedisServer, redis_server
@@ -219,6 +219,19 @@ async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServe
         assert [event["estimated"] for event in log if event["type"] == "usage"] == [True]
         again = await resumed(three.callers[2], stream_id, len(had))
         assert frames(again.body) == frames(rest.body)
+
+
+async def test_a_stream_that_had_said_all_is_over_when_its_replica_dies(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between the last event and the mark that nothing follows, for which readers elsewhere wait."""
+    async with replicas(replay(), [redis.url] * 2) as both:
+        with monkeypatch.context() as patch:
+            patch.setattr(RedisLog, "end", lambda log: None)
+            whole = await both.callers[0].stream(SSE, **replayed("thinking-tool-parsed", tools=[]))
+        await both.kill(0)
+        elsewhere = await resumed(both.callers[1], whole.headers["X-Stream-Id"])
+        assert frames(elsewhere.body) == frames(whole.body)
 
 
 async def test_the_answer_of_a_lost_stream_is_continued_at_another_replica(redis: RedisServer) -> None:

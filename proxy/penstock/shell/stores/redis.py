@@ -713,8 +713,8 @@ class RedisStore:
             await self._redis.srem(open_streams, stream_id)
             return
         info, last, closing = lost
-        fields: list[Any] = ["n", closing.last, "e", 1]
-        if closing.data:
+        fields: list[Any] = ["n", closing.last if closing else last, "e", 1]
+        if closing is not None and closing.data:
             fields += ["d", closing.data]
         elif last == 0:
             problem = replica_lost()
@@ -724,14 +724,20 @@ class RedisStore:
             keys.append(self._key(info.principal, meta["key"]))
         times = [self._lifetime, self._seconds_kept(last > 0)]
         args: list[Any] = [stream_id, self.replica, *times, f"{last + 1}-0", *fields]
+        if closing is None:
+            await _again(lambda: self._end_as_heir(keys=keys, args=args))
+            return
         self._inherited[stream_id] = info, closing.record
         is_ours = await _again(lambda: self._end_as_heir(keys=keys, args=args))
         del self._inherited[stream_id]
         if is_ours:
             self._on_lost(info, closing.record)
 
-    async def _lost(self, stream_id: str, meta: Mapping[str, Any]) -> tuple[StreamInfo, int, Closing] | None:
-        """What is to be said to the end of the stream, and its last event before that; None where it has ended."""
+    async def _lost(self, stream_id: str, meta: Mapping[str, Any]) -> tuple[StreamInfo, int, Closing | None] | None:
+        """What is to be said to the end of the stream, and its last event before that; None where it has ended.
+
+        One that has said all may lack only the mark behind it, for which its readers wait; its bill was written before.
+        """
         info = _from_meta(stream_id, meta)
         found = _Mirror(info, _Nobody(), meta["replica"])
         await self._catch_up(found)
@@ -740,7 +746,7 @@ class RedisStore:
         native = [body for entry in found for body in bodies(entry.data, info.form)] if info.has_cursors else []
         ts = int(time.time() * 1000)
         closing = await asyncio.to_thread(close_lost, native, info.form, info.dialect, stream_id, found.last, ts)
-        return None if closing is None else (info, found.last, closing)
+        return info, found.last, closing
 
     async def _bill_inherited(self, stream_id: str) -> None:
         """It was ended by this heir, which did not hear of it, or not at all."""
