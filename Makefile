@@ -54,7 +54,7 @@ imports: $(VENV)/.installed-test
 
 soak: servers $(VENV)/.installed-test engine
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/properties tests/end_to_end tests/fuzz tests/chaos \
-	  tests/shell/test_cuts.py tests/shell/test_ledgers.py tests/shell/test_tool_loop.py -m "soak or not soak"
+	  tests/shell/test_cuts.py tests/shell/test_ledgers.py tests/shell/test_calls_run_once.py -m "soak or not soak"
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	cd tests && for border in fuzz/corpus/*; do \
 	  ../$(BIN)/python -m fuzz.coverage_guided $$(basename $$border) $(FUZZ_SECONDS) || exit 1; done

@@ -171,7 +171,6 @@ def test_what_is_said_of_a_stream_whose_replica_died() -> None:
     row, status = SAID[LOST], STATUSES[LOST]
     before = play(ask(), HELLO).data
     closing = close_lost(before.splitlines()[1:], Form.NDJSON, "NativeNdjson", STREAM_ID, 4, EPOCH_MS)
-    assert closing is not None
     events = parse_events(before + closing.data)
     assert verify(events) == []
     assert [event["code"] for event in events if event["type"] == "error"] == [row["`error`"]]
@@ -182,7 +181,6 @@ def test_what_is_said_of_a_stream_whose_replica_died() -> None:
     assert span_status(closing.record) == row["span"]
     assert {str(replica_lost().status)} == {status["stream"], status["folded"], status["unstreamed chat"]}
     chunks = close_lost([], Form.FOREIGN, "ChatStream", STREAM_ID, 4, EPOCH_MS)
-    assert chunks is not None
     error, end = chunks.data.split(b"\n\n")[:2]
     assert b'"code":"replica_lost"' in error
     assert end == b"data: [DONE]"

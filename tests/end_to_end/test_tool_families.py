@@ -1,4 +1,4 @@
-"""Tool calls of several families from the real engine, on both paths; and a tool that Penstock runs, over plain chunks.
+"""Tool calls of several families from the real engine, and a tool that Penstock runs, on both paths.
 
 Hermes is compared with what vLLM's own parser makes of the same tokens. The other families' calls are the raw text of
 the same model, read by their rows; the truth is the script.
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, web
 
 from penstock.shell.replay import serving
 from support.engine import Engine
@@ -105,11 +105,15 @@ async def service() -> AsyncIterator[tuple[CountingService, str]]:
 
 
 class Relay:
-    """Passes everything on to the engine, but gives the model its second script once a tool has answered."""
+    """Passes everything on to the engine, but gives the model its second script once a tool has answered.
+
+    `asked` are the chat requests, by chunks or by the plugin's connection.
+    """
 
     def __init__(self, engine_url: str, session: ClientSession) -> None:
         self._engine = engine_url
         self._session = session
+        self.asked: list[Json] = []
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -118,11 +122,11 @@ class Relay:
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
         url = self._engine + request.path_qs
+        if request.headers.get("Upgrade") == "websocket":
+            return await self._pass_on_socket(request, url)
         body = await request.read()
-        asked = json.loads(body) if body else {}
-        if any(message["role"] == "tool" for message in asked.get("messages", ())):
-            asked["vllm_xargs"]["script"] = asked["vllm_xargs"]["script_1"]
-            body = json.dumps(asked).encode()
+        if request.method == "POST":
+            body = json.dumps(self._next_turn(json.loads(body))).encode()
         headers = {name: value for name, value in request.headers.items() if name not in ("Host", "Content-Length")}
         async with self._session.request(request.method, url, data=body, headers=headers) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
@@ -131,27 +135,92 @@ class Relay:
                 await response.write(piece)
             return response
 
+    async def _pass_on_socket(self, request: web.Request, url: str) -> web.WebSocketResponse:
+        ours = web.WebSocketResponse()
+        await ours.prepare(request)
+
+        async def hand_down(engine: ClientWebSocketResponse) -> None:
+            async for message in engine:
+                if message.type is WSMsgType.BINARY:
+                    await ours.send_bytes(message.data)
+                else:
+                    await ours.send_str(message.data)
+
+        async with self._session.ws_connect(url) as engine:
+            handing_down = asyncio.create_task(hand_down(engine))
+            try:
+                async for message in ours:
+                    told = json.loads(message.data)
+                    if told["op"] == "open":
+                        told["request"] = self._next_turn(told["request"])
+                    await engine.send_json(told)
+            finally:
+                handing_down.cancel()
+                await asyncio.wait({handing_down})
+        return ours
+
+    def _next_turn(self, asked: Json) -> Json:
+        self.asked.append(asked)
+        if asked["messages"][-1]["role"] != "tool":
+            return asked
+        xargs = asked["vllm_xargs"]
+        return {**asked, "vllm_xargs": {**xargs, "script": xargs["script_1"]}}
+
 
 @pytest.fixture
-async def two_turns(engine: Engine) -> AsyncIterator[str]:
-    async with ClientSession() as session, serving(Relay(engine.url, session).app()) as url:
-        yield url
+async def relay(engine: Engine) -> AsyncIterator[tuple[Relay, str]]:
+    async with ClientSession() as session:
+        made = Relay(engine.url, session)
+        async with serving(made.app()) as url:
+            yield made, url
 
 
-async def test_a_tool_is_run_and_the_engine_goes_on_in_the_same_stream(
-    two_turns: str, engine: Engine, script: Script, service: tuple[CountingService, str]
-) -> None:
-    counting, tool = service
+# Names, times, pieces, and what the engine had in its cache.
+OWN = {"stream_id", "call_id", "ts", "resumable_until", "duration_ms", "ttft_ms", "seq", "events", "cached_tokens"}
+
+
+def essence(answer: Answer) -> list[Json]:
+    """The log without `OWN`; deltas that follow each other are one."""
+    out: list[Json] = []
+    for event in answer.events:
+        if event["type"] == "usage" and not event["final"]:
+            continue
+        kept = {name: value for name, value in event.items() if name not in OWN}
+        if out and "text" in kept and (out[-1]["type"], out[-1].get("block")) == (kept["type"], kept["block"]):
+            out[-1]["text"] += kept["text"]
+        else:
+            out.append(kept)
+    return out
+
+
+async def run_with_a_tool(relay_url: str, plugin: str, engine: Engine, script: Script, tool: str) -> Answer:
     flags: dict[str, Any] = {
         "tools__bindings": [{"tools": ["count"], "url": tool}],
         "tools__loop__allow_networks": ["127.0.0.0/8"],
+        "tools__loop__show_results": True,
     }
-    async with sidecar(two_turns, {"parses_tools": False}, **flags) as running, calling(running.url) as caller:
+    upstream = {"parses_tools": False, "plugin": plugin}
+    async with sidecar(relay_url, upstream, **flags) as running, calling(running.url) as caller:
+        connection = running.server.cluster.members[0].engine.plugin
+        assert (connection is not None and connection.vocabulary is not None) is (plugin == "auto")
         request = script(TURN, tools=[COUNT])
         request["vllm_xargs"]["script_1"] = engine.script("<think>\nSeven.\n</think>\n\nIt is 7.")
-        answer = await caller.stream(NDJSON, **request)
-    assert answer.one("tool_call.ready")["arguments"] == {"by": 3}
-    assert answer.one("tool_call.result")["ok"]
-    assert (answer.text(), answer.reasoning()) == ("\n\nLet me count.\n\n\nIt is 7.", "\nCount.\n\nSeven.\n")
-    assert (answer.finish()["reason"], answer.end["status"]) == ("stop", "completed")
-    assert (counting.requests, counting.executed.total()) == ([{"by": 3}], 1)
+        return await caller.stream(NDJSON, **request)
+
+
+async def test_a_tool_is_run_and_the_engine_goes_on_in_the_same_stream(
+    relay: tuple[Relay, str], engine: Engine, script: Script, service: tuple[CountingService, str]
+) -> None:
+    """On both paths, with the same events."""
+    (relayed, url), (counting, tool) = relay, service
+    plain, tagged = [await run_with_a_tool(url, plugin, engine, script, tool) for plugin in ("off", "auto")]
+    for answer in (plain, tagged):
+        assert answer.one("tool_call.ready")["arguments"] == {"by": 3}
+        assert answer.one("tool_call.result")["ok"]
+        assert (answer.text(), answer.reasoning()) == ("\n\nLet me count.\n\n\nIt is 7.", "\nCount.\n\nSeven.\n")
+        assert (answer.finish()["reason"], answer.end["status"]) == ("stop", "completed")
+    assert (counting.requests, counting.executed.total()) == ([{"by": 3}] * 2, 2)
+    told = [[(one["role"], one["content"]) for one in asked["messages"]] for asked in relayed.asked]
+    assert told[:2] == told[2:]
+    assert told[1][1:] == [("assistant", "\n\nLet me count.\n"), ("tool", '{"n": 7}')]
+    assert essence(tagged) == essence(plain)

@@ -89,6 +89,20 @@ def dsml(arguments: Json) -> str:
     return f"<｜DSML｜function_calls>\n{call}\n</｜DSML｜function_calls>"
 
 
+def harmony(arguments: Json) -> str:
+    """As gpt-oss's template shows it to the model: the recipient in the channel's header."""
+    thought = "<|channel|>analysis<|message|>Need f.<|end|>"
+    header = "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
+    return f"{thought}{header}<|message|>{json.dumps(arguments, ensure_ascii=False)}<|call|>"
+
+
+def harmony_by_role(arguments: Json) -> str:
+    """The other order that the format allows: the recipient behind the role."""
+    header = "<|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json"
+    said = "<|channel|>commentary<|message|>I will call f.<|end|>"
+    return f"{said}{header}<|message|>{json.dumps(arguments, ensure_ascii=False)}<|call|>"
+
+
 FAMILIES = [
     ("hermes", "qwen3", hermes),
     ("qwen3_coder", "qwen3-coder", qwen_xml),
@@ -98,6 +112,8 @@ FAMILIES = [
     ("deepseek_v3", "deepseek", deepseek_v3),
     ("deepseek_v31", "deepseek", deepseek_v31),
     ("deepseek_v32", "deepseek", dsml),
+    ("openai", "harmony", harmony),
+    ("openai", "harmony", harmony_by_role),
 ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 from cryptography.hazmat.primitives.asymmetric import rsa
+from jsonschema import Draft202012Validator
 from jwt import PyJWKSet
 from jwt.algorithms import RSAAlgorithm
 from multidict import CIMultiDict
@@ -32,8 +33,8 @@ from penstock.shell.accept import accepted
 from penstock.shell.auth import Gatekeeper, hash_key
 from penstock.shell.passthrough import EngineCount
 from penstock.shell.telemetry import Telemetry
-from support.chunks import DONE
-from support.playbook import STARTED, ask, play
+from support.chunks import DONE, answer_of
+from support.playbook import FAMILY_NAMES, STARTED, ask, play
 
 LINE_BYTES = 4096
 KEY = "alices-key-0123456789"
@@ -41,6 +42,14 @@ _PRIVATE = rsa.generate_private_key(65537, 2048)
 _JWKS = PyJWKSet([{**RSAAlgorithm.to_jwk(_PRIVATE.public_key(), as_dict=True), "kid": "rsa-1"}])
 _JWT = JwtSettings(issuer="https://login.example/", audience="penstock", jwks_url="https://login.example/keys")
 _TELEMETRY = Telemetry(None)
+_SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": _SCHEMA}}
+_ARGUMENTS = Draft202012Validator(_SCHEMA)
 
 
 def request_body(data: bytes) -> None:
@@ -63,6 +72,22 @@ def engine_stream(data: bytes) -> None:
     closed = EngineClosed(None, STARTED + 1)
     outcome = play(ask(tools=["weather"], n=2), [data, DONE, closed], cuts=cuts)
     assert outcome.exchange.is_over
+
+
+def tool_markup(data: bytes) -> None:
+    """Whatever a model writes for a call: what is ready was offered, fits its schema, and is ready once.
+
+    The first byte chooses the model's family.
+    """
+    family = FAMILY_NAMES[data[0] % len(FAMILY_NAMES)] if data else FAMILY_NAMES[0]
+    text = data[1:].decode(errors="replace")
+    pieces = [text[at : at + 7] for at in range(0, len(text), 7)]
+    outcome = play({**ask(), "tools": [_TOOL]}, answer_of(pieces), family=family)
+    ready = outcome.all_of("tool_call.ready")
+    assert len({event["call_id"] for event in ready}) == len(ready)
+    for event in ready:
+        assert event["name"] == "f"
+        assert _ARGUMENTS.is_valid(event["arguments"])
 
 
 def engine_answer(data: bytes) -> None:
@@ -176,6 +201,7 @@ BORDERS: dict[str, Callable[[bytes], None]] = {
     for border in (
         request_body,
         engine_stream,
+        tool_markup,
         engine_answer,
         event_stream,
         frames,

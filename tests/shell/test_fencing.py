@@ -339,6 +339,7 @@ async def test_what_is_told_soon_has_the_time_at_which_it_is_told() -> None:
 
     class Carrier:
         spoke = 0.0
+        is_over = False
 
         async def run(self) -> None:
             lost = loop.time()

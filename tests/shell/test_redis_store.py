@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientPayloadError, web
+from redis.asyncio import Redis
 
 from penstock.core.verifier import parse_log, verify
-from penstock.shell.stores.redis import stopped
+from penstock.shell.stores.redis import RedisLog, RedisStore, stopped
 from support import chunks
-from support.http_client import FOLDED, NDJSON, SSE, Json, chat
+from support.http_client import FOLDED, NDJSON, SSE, Answer, Caller, Json, chat
 from support.redis_server import RedisServer, redis_server
 from support.replicas import STREAMS, Word, begun, frames, replicas, resumed
 from support.sockets import until
@@ -91,6 +92,66 @@ async def test_a_delete_at_another_replica_cancels(redis: RedisServer) -> None:
         await until(lambda: word.seen.left == 1)
 
 
+async def test_notes_reach_the_stream_from_every_replica_in_their_order(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, [redis.url] * 3, annotations__notes_per_stream=30) as three:
+        async with begun(three.callers[0], chat()) as (response, seen):
+            stream_id = response.headers["X-Stream-Id"]
+            for number in range(30):
+                answer = await noted(three.callers[number % 3], stream_id, number=number)
+                assert (answer.status, answer.json) == (202, {"status": "accepted"})
+            full = [await noted(caller, stream_id) for caller in three.callers]
+            assert [(answer.status, answer.error["code"]) for answer in full] == [(429, "too_many_annotations")] * 3
+            word.may_go_on.set()
+            log = parse_log(bytes(seen) + await response.read())
+        assert verify(log) == []
+        assert [event["data"] for event in log if event["type"] == "annotation"] == [{"number": n} for n in range(30)]
+        for caller in three.callers:
+            assert parse_log((await resumed(caller, stream_id)).body) == log
+            over = await noted(caller, stream_id)
+            assert (over.status, over.error["code"]) == (404, "no_such_stream")
+        # Notes are long: the control streams do not keep what was heard.
+        lengths = [await _words(redis, three.store(number)) for number in range(3)]
+        assert max(lengths) <= 5
+
+
+async def test_the_notes_of_one_backend_that_does_not_wait_are_all_there(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, seen):
+        stream_id = response.headers["X-Stream-Id"]
+        answers = await asyncio.gather(*(noted(both.callers[n % 2], stream_id, number=n) for n in range(40)))
+        assert {answer.status for answer in answers} == {202}
+        word.may_go_on.set()
+        log = parse_log(bytes(seen) + await response.read())
+        assert verify(log) == []
+        assert sorted(e["data"]["number"] for e in log if e["type"] == "annotation") == list(range(40))
+
+
+async def test_a_note_for_a_replica_that_died_is_not_said_to_be_taken(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, _):
+        stream_id = response.headers["X-Stream-Id"]
+        await both.kill(0)
+        silent = await noted(both.callers[1], stream_id)
+        assert (silent.status, silent.error["code"]) == (503, "replica_silent")
+
+        async def is_gone() -> bool:
+            return (await noted(both.callers[1], stream_id)).status == 404
+
+        await until(is_gone)
+
+
+async def noted(caller: Caller, stream_id: str, **data: int) -> Answer:
+    return await caller.post(f"{STREAMS}/{stream_id}/annotations", {"kind": "evidence", "data": data})
+
+
+async def _words(redis: RedisServer, store: RedisStore) -> int:
+    """How many words Redis keeps for this replica."""
+    async with Redis.from_url(redis.url) as client:
+        length: int = await client.xlen(f"penstock:at:{store.replica}:control")
+        return length
+
+
 @pytest.mark.parametrize(
     ("route", "accept", "body"),
     [(STREAMS, SSE, {}), (STREAMS, FOLDED, {}), (CHAT, "*/*", {"stream": True})],
@@ -158,6 +219,19 @@ async def test_a_stream_whose_replica_died_gets_its_one_ending(redis: RedisServe
         assert [event["estimated"] for event in log if event["type"] == "usage"] == [True]
         again = await resumed(three.callers[2], stream_id, len(had))
         assert frames(again.body) == frames(rest.body)
+
+
+async def test_a_stream_that_had_said_all_is_over_when_its_replica_dies(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between the last event and the mark that nothing follows, for which readers elsewhere wait."""
+    async with replicas(replay(), [redis.url] * 2) as both:
+        with monkeypatch.context() as patch:
+            patch.setattr(RedisLog, "end", lambda log: None)
+            whole = await both.callers[0].stream(SSE, **replayed("thinking-tool-parsed", tools=[]))
+        await both.kill(0)
+        elsewhere = await resumed(both.callers[1], whole.headers["X-Stream-Id"])
+        assert frames(elsewhere.body) == frames(whole.body)
 
 
 async def test_the_answer_of_a_lost_stream_is_continued_at_another_replica(redis: RedisServer) -> None:
@@ -232,6 +306,8 @@ async def test_without_redis_a_stream_goes_on_and_says_what_it_lost(redis: Redis
         here, there = [await resumed(caller, stream_id) for caller in both.callers]
         assert (here.status, parse_log(here.body)) == (200, log)
         assert (there.status, there.error["code"]) == (503, "store_lost")
+        note = await noted(both.callers[1], stream_id)
+        assert (note.status, note.error["code"]) == (503, "store_lost")
         alone = await both.callers[0].stream()
         assert [event["code"] for event in alone.events if event["type"] == "warning"] == ["resume_lost"]
         await redis.start()

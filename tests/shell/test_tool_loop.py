@@ -1,23 +1,30 @@
 """Tools that Penstock runs: over real HTTP and real MCP, with everything that can go wrong on the way."""
 
 import asyncio
+import json
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import httpx2
 import pytest
+from aiohttp import web
 
 from penstock.settings import SettingsError, load_settings
+from penstock.shell.mcp_transport import guarded_client
+from penstock.shell.reach import may_reach
 from penstock.shell.replay import serving
-from penstock.shell.tools import HttpTool, may_reach
+from penstock.shell.tools import HttpTool
 from support import chunks
 from support.http_client import NDJSON, SSE, Answer, chat, whole
 from support.sockets import until
 from support.tools import COUNT, CountingService, Model, call, calling_turn
-from support.upstreams import Setup, engine_app, in_front_of
+from support.upstreams import Setup, engine_app, in_front_of, opened
 
 LOOPBACK = ["127.0.0.0/8"]
 ANSWER = chunks.answer_of(["It ", "is 7."])
@@ -188,6 +195,44 @@ async def test_after_the_last_round_the_model_must_answer() -> None:
     assert len({event["call_id"] for event in answer.of("tool_call.start")}) == 3
 
 
+# --- What stands beside the text, over the turns --------------------------------------------------
+
+
+async def test_the_value_of_an_answer_is_that_of_its_last_turn() -> None:
+    last = chunks.answer_of(['{"n"', ": 7}"])
+    service, model = CountingService(), Model(ONCE[0], last)
+    async with running(service, model) as setup:
+        answer = await streamed(setup, response_format={"type": "json_object"})
+    assert answer.one("structured")["value"] == {"n": 7}
+    assert answer.of("warning") == []
+
+
+async def test_a_section_that_a_call_breaks_off_is_no_value_and_the_next_turn_has_its_own() -> None:
+    first = calling_turn(call(0), before='So <v>{"half": ')
+    service, model = CountingService(), Model(first, chunks.answer_of(["Then <", 'v>{"n": 7}</', "v>."]))
+    wish = {"structured": {"sections": {"open": "<v>", "close": "</v>"}}}
+    async with running(service, model) as setup:
+        answer = await streamed(setup, penstock=wish)
+    assert [(event["section"], event["value"]) for event in answer.of("structured")] == [(1, {"n": 7})]
+    assert [event["code"] for event in answer.of("warning")] == ["structured_invalid"]
+    assert answer.text() == 'So {"half": Then {"n": 7}.'
+
+
+async def test_citations_of_every_turn_have_their_place_in_the_block_of_that_turn() -> None:
+    first, last = calling_turn(call(0), before="See [1], and [2"), chunks.answer_of(["It is 7 [", "3]."])
+    service, model = CountingService(), Model(first, last)
+    patterns = [{"open": "[", "close": "]", "body": r"\d+"}]
+    async with running(service, model, annotations__citations=patterns) as setup:
+        answer = await streamed(setup)
+        replay = await setup.caller.get(f"/v1/streams/{answer.headers['X-Stream-Id']}/events", {"Accept": NDJSON})
+    notes = [(event["data"]["marker"], event["anchor"]["offset"]) for event in answer.of("annotation")]
+    assert notes == [("[1]", 4), ("[3]", 8)]
+    blocks = [event["anchor"]["block"] for event in answer.of("annotation")]
+    assert blocks == [event["block"] for event in answer.of("text.start")]
+    assert answer.text() == "See , and [2It is 7 ."
+    assert replay.events == answer.events
+
+
 # --- Tools that fail ------------------------------------------------------------------------------
 
 
@@ -245,46 +290,6 @@ async def test_a_cancel_while_a_tool_runs_stops_both(how: str) -> None:
     assert (service.executed.total(), len(model.asked)) == (0, 1)
 
 
-# --- Once -----------------------------------------------------------------------------------------
-
-
-async def one_of_many(setup: Setup, number: int) -> None:
-    """A client with a key that is cut off somewhere and comes again, by a retry or by a resume."""
-    request, headers = chat(tools=[COUNT], user=f"u{number}"), {"Accept": SSE, "Idempotency-Key": f"k{number}"}
-    async with setup.caller.opened("/v1/streams", request, headers) as response:
-        stream_id = response.headers["X-Stream-Id"]
-        if number % 3:
-            await response.content.readany()
-    if number % 3 == 1:
-        answer = await setup.caller.get(f"/v1/streams/{stream_id}/events", {"Accept": SSE})
-    else:
-        answer = await setup.caller.post("/v1/streams", request, headers)
-    assert answer.text() == "Let me count.It is 7.", answer.body
-    assert len(answer.of("tool_call.ready")) == len(answer.of("tool_call.result")) == 1
-
-
-async def many(count: int, knows_keys: bool) -> CountingService:
-    service = CountingService(knows_keys=knows_keys, delay=0.01)
-    model = Model(*ONCE, doubles=True)
-    async with running(service, model, limits__streams_per_key=5000, limits__streams=5000) as setup:
-        for start in range(0, count, 50):
-            await asyncio.gather(*(one_of_many(setup, n) for n in range(start, min(start + 50, count))))
-    return service
-
-
-@pytest.mark.parametrize("knows_keys", [True, False])
-async def test_every_call_is_executed_once_whatever_the_clients_do(knows_keys: bool) -> None:
-    service = await many(40, knows_keys)
-    assert (len(service.executed), service.executed.total()) == (40, 40)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("knows_keys", [True, False])
-async def test_two_thousand_streams(knows_keys: bool) -> None:
-    service = await many(2000, knows_keys)
-    assert (len(service.executed), service.executed.total()) == (2000, 2000)
-
-
 # --- Where tools may stand ------------------------------------------------------------------------
 
 
@@ -304,31 +309,114 @@ async def test_two_thousand_streams(knows_keys: bool) -> None:
         ("fe80::1%eth0", False),
         ("fd00::1", False),
         ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("64:ff9b::169.254.169.254", False),
+        ("64:ff9b:1::1", False),
+        ("::127.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:4136:e378:8000:63bf:80ff:fffe", False),
+        ("fec0::1", False),
+        ("::", False),
+        ("255.255.255.255", False),
     ],
 )
 def test_private_and_link_local_addresses_are_refused(address: str, may: bool) -> None:
     assert may_reach(address, []) is may
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_a_tool_at_a_forbidden_address_is_never_reached(host: str) -> None:
-    service, model = CountingService(), Model(*ONCE)
-    async with serving(service.app()) as url:
-        bindings = [{"tools": ["count"], "url": url.replace("127.0.0.1", host) + "/tool", "retries": 3}]
-        async with in_front_of(engine_app(model.answer)[0], tools__bindings=bindings) as setup:
+@asynccontextmanager
+async def counted() -> AsyncIterator[tuple[str, list[str]]]:
+    """A tool on a loopback address, and the requests that reach it."""
+    seen: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.method)
+        return web.Response(text="7")
+
+    app = web.Application()
+    app.router.add_route("*", "/tool", answer)
+    async with serving(app) as url:
+        yield f"{url}/tool", seen
+
+
+@pytest.mark.parametrize("kind", ["url", "mcp"])
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "127。0。0。1", "[::ffff:127.0.0.1]", "0.0.0.0"],
+)
+async def test_a_tool_at_a_forbidden_address_is_never_reached(host: str, kind: str) -> None:
+    """However the address is written, and whoever would connect to it."""
+    async with counted() as (url, seen):
+        bindings = [{"tools": ["count"], kind: url.replace("127.0.0.1", host), "retries": 3}]
+        async with in_front_of(engine_app(Model(*ONCE).answer)[0], tools__bindings=bindings) as setup:
             answer = await streamed(setup)
-    result = answer.one("tool_call.result")
-    assert result["problem"] == (
-        f"the tool's host {host} is at an address that tools may not have; see tools.loop.allow_networks"
-    )
-    assert service.requests == []
+    problem = answer.one("tool_call.result")["problem"]
+    if host in ("127.0.0.1", "localhost"):
+        assert problem == (
+            f"the tool's host {host} is at an address that tools may not have; see tools.loop.allow_networks"
+        )
+    assert "may not have" in problem or "InvalidUrl" in problem, problem
+    assert seen == []
+
+
+@pytest.mark.parametrize("kind", ["url", "mcp"])
+async def test_a_name_that_leads_elsewhere_the_second_time_is_not_followed(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS rebinding: the first answer is one that may be reached; every later one is where the tool really stands."""
+    looked_up: list[str] = []
+    real = socket.getaddrinfo
+
+    def lying(host: Any, port: Any, *more: Any, **named: Any) -> Any:
+        if host not in ("tool.test", b"tool.test"):
+            return real(host, port, *more, **named)
+        looked_up.append("tool.test")
+        address = "127.0.0.2" if len(looked_up) == 1 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lying)
+    async with counted() as (url, seen):
+        bindings = [{"tools": ["count"], kind: url.replace("127.0.0.1", "tool.test"), "timeout_seconds": 5}]
+        flags: dict[str, Any] = {"tools__bindings": bindings, "tools__loop__allow_networks": ["127.0.0.2/32"]}
+        async with in_front_of(engine_app(Model(*ONCE).answer)[0], **flags) as setup:
+            answers = [await streamed(setup) for _ in range(2)]
+    assert not any(answer.one("tool_call.result")["ok"] for answer in answers)
+    assert looked_up
+    assert seen == []
+
+
+async def test_an_endless_answer_to_a_message_of_ours_is_not_read_to_its_end() -> None:
+    """Below an MCP session, whose own stream, a GET, may be as long as it likes."""
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = await opened(request)
+        while request.method == "POST" or sent < 3 << 20:
+            await response.write(b"x" * 65536)
+            sent += 65536
+        return response
+
+    app = web.Application()
+    app.router.add_route("*", "/mcp", endless)
+    networks = [ip_network("127.0.0.0/8")]
+    async with serving(app) as url, guarded_client({}, networks, result_bytes=1000) as client:
+        with pytest.raises(httpx2.ReadError, match="more than"):
+            await client.post(f"{url}/mcp")
+        assert sent < 16 << 20
+        sent = 0
+        assert len((await client.get(f"{url}/mcp")).content) == 3 << 20
 
 
 # --- MCP ------------------------------------------------------------------------------------------
 
 SERVER = """
-import sys
+import asyncio, sys
+from pathlib import Path
 from mcp.server.mcpserver import MCPServer
+from mcp.shared.exceptions import MCPError
 
 server = MCPServer("counter")
 
@@ -337,6 +425,22 @@ def count(by: int) -> str:
     if by < 0:
         raise ValueError("negative")
     return f"counted {by}"
+
+@server.tool()
+async def wait(path: str, seconds: float) -> str:
+    Path(path).write_text("running")
+    try:
+        await asyncio.sleep(seconds)
+    except BaseException:
+        Path(path).write_text("cancelled")
+        raise
+    return "waited"
+
+@server.tool()
+async def refuse(path: str) -> str:
+    while not Path(path).exists():
+        await asyncio.sleep(0.01)
+    raise MCPError(-32602, "not these arguments")
 
 if sys.argv[1] == "stdio":
     server.run("stdio")
@@ -353,8 +457,6 @@ def mcp_server(tmp_path: Path) -> Path:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -398,6 +500,47 @@ async def test_a_tool_of_an_mcp_server(kind: str, mcp_server: Path) -> None:
         assert (good["ok"], bad["ok"]) == (True, False)
         assert bad["problem"].startswith("the tool reports an error")
     assert [body["messages"][-2]["content"] for body in model.asked if len(body["messages"]) > 1] == ["counted 3"] * 2
+
+
+def offered(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize("kind", ["stdio", "http"])
+async def test_a_cancel_reaches_the_tool_of_an_mcp_server(kind: str, mcp_server: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    arguments = json.dumps({"path": str(state), "seconds": 60})
+    model = Model(calling_turn(call(0, "wait", arguments)), ANSWER)
+    async with mcp_binding(kind, mcp_server) as binding:
+        flags: dict[str, Any] = {"tools__bindings": [{**binding, "tools": ["wait"]}]}
+        flags["tools__loop__allow_networks"] = LOOPBACK
+        async with in_front_of(engine_app(model.answer)[0], None, **flags) as setup:
+            request = chat(tools=[offered("wait")])
+            async with setup.caller.opened("/v1/streams", request, {"Accept": NDJSON}) as response:
+                await until(lambda: state.exists() and state.read_text() == "running")
+                await setup.caller.delete(response.headers["X-Stream-Id"])
+                assert (await whole(response)).end["status"] == "cancelled"
+            await until(lambda: state.read_text() == "cancelled")
+    assert len(model.asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["stdio", "http"])
+async def test_a_call_that_fails_leaves_the_others_of_its_session_alone(
+    kind: str, mcp_server: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    slow = call(0, "wait", json.dumps({"path": str(state), "seconds": 0.5}))
+    turn = calling_turn(slow, call(1, "refuse", json.dumps({"path": str(state)})))
+    model = Model(turn, calling_turn(call(2, arguments='{"by": 3}')), ANSWER)
+    async with mcp_binding(kind, mcp_server) as binding:
+        flags: dict[str, Any] = {"tools__bindings": [{**binding, "tools": ["*"]}]}
+        flags["tools__loop__allow_networks"] = LOOPBACK
+        async with in_front_of(engine_app(model.answer)[0], None, **flags) as setup:
+            tools = [COUNT, offered("wait"), offered("refuse")]
+            answer = await setup.caller.stream(NDJSON, tools=tools)
+    results = {event["call_id"]: event for event in answer.of("tool_call.result")}
+    assert [results[call_id]["ok"] for call_id in ("c0", "c1", "c2")] == [True, False, True]
+    assert "not these arguments" in results["c1"]["problem"]
 
 
 async def test_an_mcp_server_that_is_not_there() -> None:

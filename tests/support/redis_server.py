@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +31,15 @@ class RedisServer:
             subprocess.Popen, [executable, *options, *append], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         await until(self._answers)
+
+    def pause(self) -> None:
+        """It answers nobody until `go_on`."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     async def kill(self) -> None:
         assert self.process is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,13 @@ class CountingService:
     delay: float = 0.0
     status: int = 200
     fails_first: int = 0
+    loses: float = 0.0
+    """The share of answers that are lost: it has acted, and says 503."""
     body: bytes | None = None
     requests: list[Json] = field(default_factory=list)
     executed: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+    """Requests by key."""
     left: int = 0
     running: int = 0
     most_running: int = 0
@@ -42,6 +47,7 @@ class CountingService:
     async def _answer(self, request: web.Request) -> web.Response:
         key = request.headers["Idempotency-Key"]
         self.headers.append(dict(request.headers))
+        self.asked[key] += 1
         self.requests.append(await request.json())
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -56,6 +62,8 @@ class CountingService:
             return web.Response(status=503)
         if not (self.knows_keys and self.executed[key]):
             self.executed[key] += 1
+        if self.loses and random.Random(f"{key}{self.asked[key]}").random() < self.loses:
+            return web.Response(status=503)
         if self.status != 200:
             return web.Response(status=self.status, headers={"Location": "/moved"})
         return web.Response(body=self.body if self.body is not None else json.dumps({"n": 7}).encode())
@@ -74,10 +82,10 @@ def call(index: int, name: str = "count", arguments: str = '{"by": 1}', call_id:
 class Model:
     """An engine that says its turns one after the other, told apart by the messages that it is asked with.
 
-    `doubles` repeats every chunk of a call, as some engines do.
+    A turn may be made of the request. `doubles` repeats every chunk of a call, as some engines do.
     """
 
-    def __init__(self, *turns: Sequence[bytes], doubles: bool = False) -> None:
+    def __init__(self, *turns: Sequence[bytes] | Callable[[Json], Sequence[bytes]], doubles: bool = False) -> None:
         self._turns = turns
         self._doubles = doubles
         self.asked: list[Json] = []
@@ -89,7 +97,8 @@ class Model:
         self.ids.append(request.headers.get("X-Request-Id", ""))
         turn = sum(message["role"] == "assistant" for message in body["messages"])
         response = await opened(request)
-        for piece in self._turns[min(turn, len(self._turns) - 1)]:
+        said = self._turns[min(turn, len(self._turns) - 1)]
+        for piece in said(body) if callable(said) else said:
             again = 2 if self._doubles and b'"tool_calls"' in piece else 1
             for _ in range(again):
                 await response.write(piece)

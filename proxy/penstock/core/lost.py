@@ -1,7 +1,8 @@
 """The last words of a stream whose replica died: what its log leaves open is closed by whoever finds it.
 
 The same end as any failed stream has: the error, the ends of open blocks, each open choice's finish, the final usage
-and `stream.end`. The bill is an estimate: the last count in the log, and a token for each delta behind it.
+and `stream.end`. The bill is an estimate, the last count in the log and a token for each delta behind it, unless the
+stream had said its final count.
 """
 
 from collections.abc import Iterable
@@ -34,6 +35,12 @@ _TOKENS_OF = {
     "delta.reasoning": "reasoning_tokens",
     "delta.text": "answer_tokens",
     "tool_call.arguments_chunk": "tool_tokens",
+}
+# Of a stream that said its end itself. How a failed one came to fail is in its error's code.
+_ENDINGS: dict[str, Ending] = {
+    "completed": Ending.COMPLETED,
+    "incomplete": Ending.COMPLETED,
+    "cancelled": Ending.CANCELLED,
 }
 _SIZES = ("generated", "added", "delivered", "marker", "hidden", "stop", "moderation")
 
@@ -71,9 +78,10 @@ class Remains:
         self._counts = dict.fromkeys((*_COUNTS, "delivered_tokens", "wasted_tokens_after_cancel"), 0)
         self._sizes = dict.fromkeys(_SIZES, 0)
         self._first_text: int | None = None
-        self._failed = False
+        self._error: str | None = None
         self._billed = False
-        self.is_over = False
+        self._is_exact = False
+        self._end: dict[str, Any] | None = None
 
     def read(self, event: dict[str, Any]) -> None:
         self._first = self._first or event
@@ -97,15 +105,18 @@ class Remains:
             self._counts.update({count: event[count] for count in self._counts})
             self._sizes.update({size: event["bytes"].get(size, 0) for size in _SIZES})
             self._billed = event["final"]
+            self._is_exact = self._billed and not event["estimated"]
         elif name == "error":
-            self._failed = True
+            self._error = event["code"]
         elif name == "stream.end":
-            self.is_over = True
+            self._end = event
 
     def close(self, form: Form, stream_id: str, ts: int) -> Closing:
-        """The end, spelled in the log's own form. `ts` is Unix milliseconds."""
+        """The end, spelled in the log's own form, and nothing where it was said. `ts` is Unix milliseconds."""
+        if self._end is not None:
+            return Closing(b"", self._last["seq"], self._record_of(self._end))
         dialect: Dialect = native.NativeSse(stream_id) if form is Form.SSE else native.NativeNdjson(stream_id)
-        ended_by_itself = bool(self._first) and len(self._finishes) == self._first["choices"] and not self._failed
+        ended_by_itself = bool(self._first) and len(self._finishes) == self._first["choices"] and self._error is None
         events = self._ends(ended_by_itself)
         usage = self._usage()
         if not self._billed:
@@ -116,7 +127,9 @@ class Remains:
         status = self._status(ended_by_itself)
         events.append(StreamEnded(status, self._reasons(), seq + len(events) + 1, duration, ttft))
         data = b"".join(dialect.render(event, seq + n, ts, NO_EXT) for n, event in enumerate(events, 1))
-        return Closing(data, seq + len(events), self._record(usage, duration / 1000, ttft))
+        return Closing(
+            data, seq + len(events), self._record(Ending.REPLICA_LOST, "replica_lost", usage, duration, ttft)
+        )
 
     def _ends(self, ended_by_itself: bool) -> list[ClientEvent]:
         if ended_by_itself:
@@ -125,7 +138,7 @@ class Remains:
         ends = {place: _end_of(place, block) for place, block in self._blocks.items()}
         whole = [place for place, block in self._blocks.items() if block.is_ready]
         events: list[ClientEvent] = [ends.pop(place) for place in whole]
-        if not self._failed:
+        if self._error is None:
             events.append(Failed(problem.code, problem.message, problem.retryable, problem.origin))
         events += ends.values()
         for choice in range(self._first.get("choices", 0)):
@@ -151,23 +164,30 @@ class Remains:
 
     def _usage(self) -> Usage:
         counts: dict[str, Any] = {**self._counts}
-        return Usage(**counts, estimated=True, sizes=self._sizes, final=True)
+        return Usage(**counts, estimated=not self._is_exact, sizes=self._sizes, final=True)
 
-    def _record(self, usage: Usage, seconds: float, ttft: int | None) -> RecordUsage:
+    def _record_of(self, end: dict[str, Any]) -> RecordUsage:
+        """The bill of a stream that ended before its replica did, which had not written it yet."""
+        ending = _ENDINGS.get(end["status"], Ending.REPLICA_LOST)
+        return self._record(ending, self._error, self._usage(), end["duration_ms"], end["ttft_ms"])
+
+    def _record(
+        self, ending: Ending, error_code: str | None, usage: Usage, duration: int, ttft: int | None
+    ) -> RecordUsage:
         return RecordUsage(
-            ending=Ending.REPLICA_LOST,
+            ending=ending,
             usage=usage,
             finish_reasons=self._reasons(),
-            error_code="replica_lost",
+            error_code=error_code,
             model=self._first.get("model"),
             engine_id=None,
             ttft_seconds=None if ttft is None else ttft / 1000,
-            duration_seconds=seconds,
+            duration_seconds=duration / 1000,
         )
 
 
-def close_lost(bodies: Iterable[bytes], form: Form, dialect: str, stream_id: str, last: int, ts: int) -> Closing | None:
-    """What to append to the log of a stream whose replica died; None where it had ended.
+def close_lost(bodies: Iterable[bytes], form: Form, dialect: str, stream_id: str, last: int, ts: int) -> Closing:
+    """What to append to the log of a stream whose replica died, which is nothing where it had said all; and its bill.
 
     `bodies` are the events of a native log, empty for the other forms; `last` is the number of its last event.
     """
@@ -178,7 +198,7 @@ def close_lost(bodies: Iterable[bytes], form: Form, dialect: str, stream_id: str
         if last == 0:
             # Not even the start: whoever waits for it is refused.
             return Closing(b"", 0, remains.close(form, stream_id, ts).record)
-        return None if remains.is_over else remains.close(form, stream_id, ts)
+        return remains.close(form, stream_id, ts)
     closing = remains.close(Form.NDJSON, stream_id, ts)
     said = openai_chat.broken_off(replica_lost()) if dialect == openai_chat.ChatStream.__name__ and last else b""
     return Closing(said, last + 1 if said else last, closing.record)

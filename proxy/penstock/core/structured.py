@@ -131,6 +131,8 @@ class _Sections:
         if self._pieces is not None:
             detail = f"section {self._count} of choice {self._choice} is no valid value: its end mark is missing"
             out.append(Warned("structured_invalid", detail))
+            self._count += 1
+            self._pieces = None  # the model may speak again, when it has the results of its calls
         self._extras.give(item)
 
     def flush(self, out: list[Event]) -> None:

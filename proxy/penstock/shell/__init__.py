@@ -8,6 +8,7 @@ stands `streams`: every event goes into a log of `stores/` before it is sent, an
 knows the keys and lets callers in; `books` opens an account for each stream: `rate_limits` over `ledgers`, and
 `usage_records`. `tokens` asks an issuer who a caller is, `callers` says what one is; `tls` and `cors` guard the door,
 `watched` looks at files again. `police` has what moderation needs: `rulebook`, `moderator` and `audit`. `tools` runs
-the calls that are bound here, `prepared` answers without an engine (with `answer_cache`), `passthrough` hands other
-routes on. `telemetry` knows the traces, `replay` is the mock engine.
+the calls that are bound here, at addresses that `reach` allows, for MCP by `mcp_transport`. `prepared` answers without
+an engine (with `answer_cache`), `passthrough` hands other routes on. `telemetry` knows the traces, `replay` is the mock
+engine.
 """

@@ -88,7 +88,7 @@ class Driver:
         self._background: set[asyncio.Task[None]] = set()
         # Writes behind one that has to be awaited: the head, a whole answer, the end.
         self._inbox: deque[list[_Write]] = deque()
-        self._emptying = False
+        self._writing: asyncio.Task[None] | None = None  # empties the inbox
         self._watch: asyncio.Task[None] | None = None  # waits for a client that lags to have room
         self._hurried = asyncio.Event()
         self._closed = asyncio.Event()
@@ -141,10 +141,15 @@ class Driver:
     async def wait_until_closed(self) -> None:
         await self._closed.wait()
 
+    async def logged(self) -> None:
+        while self._writing is not None:  # events wait behind the head
+            await asyncio.wait({self._writing})
+        await self._client.settled()
+
     # -- what the exchange asks for ----------------------------------------------------------------
 
     def _do(self, commands: list[Command]) -> None:
-        if len(commands) == 1 and not self._emptying:
+        if len(commands) == 1 and self._writing is None:
             command = commands[0]
             if isinstance(command, SendToClient):
                 if not self._client.send(command.data, command.seq):
@@ -193,13 +198,12 @@ class Driver:
 
     def _put(self, writes: list[_Write]) -> None:
         """Writes at once, or behind what has to be awaited."""
-        if not self._emptying and all(isinstance(write, SendToClient) for write in writes):
+        if self._writing is None and all(isinstance(write, SendToClient) for write in writes):
             self._send(writes)
             return
         self._inbox.append(writes)
-        if not self._emptying:
-            self._emptying = True
-            self._in_background(self._empty_inbox())
+        if self._writing is None:
+            self._writing = self._in_background(self._empty_inbox())
 
     def _send(self, writes: list[_Write]) -> None:
         """The events of one list are one write."""
@@ -219,7 +223,7 @@ class Driver:
             while self._inbox:
                 await self._write(self._inbox.popleft())
         finally:
-            self._emptying = False
+            self._writing = None
 
     async def _write(self, writes: list[_Write]) -> None:
         for write in writes:

@@ -26,7 +26,7 @@ from penstock.shell.passthrough import Passthrough
 from penstock.shell.police import Police
 from penstock.shell.resume import Resume
 from penstock.shell.serving import Serving, Surface, TokensOf
-from penstock.shell.stores.log import Store, StreamInfo
+from penstock.shell.stores.log import NoteFate, Store, StreamInfo
 from penstock.shell.streams import Streams
 from penstock.shell.telemetry import Telemetry
 from penstock.shell.tools import Toolbox
@@ -90,7 +90,7 @@ class Server:
             refuse_if_draining=self._serving.refuse_if_draining,
         )
         self._chat = Surface(CHAT, streams=None, continues=False, kind=_chat_kind, spell=self._spell_chat)
-        store.start(self._streams.obey, self._record_lost)
+        store.start(self._streams.obey, self._take_note, self._record_lost)
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._errors, self._gate])
@@ -169,24 +169,31 @@ class Server:
             return await self._resume.resume(http, caller_of(http).name, _resumed_form(http), body)
 
     async def _annotate(self, http: web.Request) -> web.Response:
-        """A note beside the text of a stream that is carried here, in its order with the text."""
-        limits = self._settings.annotations
+        """A note beside the text of a live stream, in its order with the text, whichever replica carries it."""
+        limits, stream_id, principal = self._settings.annotations, http.match_info["id"], caller_of(http).name
         with self._admission.entered(caller_of(http)) as place:
             body = await read_body(http, limits.note_bytes, self._settings.timing.request_seconds, place)
-        stream = self._streams.get(http.match_info["id"])
-        if stream is None or stream.principal != caller_of(http).name:
-            message = (
-                f"there is no open stream {http.match_info['id'][:80]!a} of yours on this replica; annotate while it "
-                "runs, with its own key, where it runs"
-            )
+            fate = self._annotate_here(stream_id, principal, body)
+            if fate is None:
+                fate = await self.store.annotate(stream_id, principal, body)
+        if fate == "no_such_stream":
+            message = f"there is no open stream {stream_id[:80]!a} of yours; annotate while it runs, with its own key"
             raise CallerError("no_such_stream", message, status=404)
-        if stream.notes >= limits.notes_per_stream:
-            message = f"the stream has {stream.notes} annotations, the most it may (annotations.notes_per_stream)"
+        if fate == "too_many_annotations":
+            message = f"the stream has {limits.notes_per_stream} annotations, the most (annotations.notes_per_stream)"
             raise CallerError("too_many_annotations", message, status=429)
+        return web.json_response({"status": fate}, status=202)
+
+    def _annotate_here(self, stream_id: str, principal: str, body: bytes) -> NoteFate | None:
         note = read_note(body, asyncio.get_running_loop().time())
-        stream.notes += 1
-        await stream.tell(note)
-        return web.json_response({"status": "accepted"}, status=202)
+        return self._streams.annotate(stream_id, principal, note, self._settings.annotations.notes_per_stream)
+
+    def _take_note(self, stream_id: str, principal: str, body: bytes) -> NoteFate:
+        """One that came to another replica. It has found the note good, if it is of our version."""
+        try:
+            return self._annotate_here(stream_id, principal, body) or "no_such_stream"
+        except CallerError:
+            return "no_such_stream"
 
     # -- the rest ----------------------------------------------------------------------------------
 

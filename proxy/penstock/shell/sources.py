@@ -42,6 +42,9 @@ class Ear(Protocol):
 
     async def wait_until_closed(self) -> None: ...
 
+    async def logged(self) -> None:
+        """Until what was sent so far is in the log, where the stream has one."""
+
 
 class Answer(Protocol):
     """One answer of an engine. `speak` tells all of it; `abort` makes the engine stop, at any time, more than once.

@@ -14,15 +14,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
-from penstock.core.signals import Cancelled, Draining, ReadAgain, Signal, StoreLost, TakenOver, Unread
+from penstock.core.signals import Annotated, Cancelled, Draining, ReadAgain, Signal, StoreLost, TakenOver, Unread
 from penstock.shell.client import ClientConnection, ClientGone
-from penstock.shell.stores.log import DeferredLog, StreamLog, Whole
+from penstock.shell.stores.log import DeferredLog, NoteFate, StreamLog, Whole
 
 _log = logging.getLogger("penstock")
 
 
 class Carrier(Protocol):
     """What carries a stream: its driver."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything was said, be it that the client has not taken all of it."""
 
     async def run(self) -> None: ...
 
@@ -85,10 +89,14 @@ class Outlet:
             self._lost()
         return True
 
-    async def room(self) -> None:
-        """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+    async def settled(self) -> None:
+        """Until the log has all that was sent."""
         if self._later is not None:
             await self._later.settled()
+
+    async def room(self) -> None:
+        """Until no more than the low mark waits for the client, or it is gone and the stream goes on."""
+        await self.settled()
         connection = self._connection
         try:
             if connection is not None:
@@ -127,8 +135,7 @@ class Outlet:
 
     async def _end(self) -> None:
         self.end()
-        if self._later is not None:
-            await self._later.settled()
+        await self.settled()
 
     def end(self) -> None:
         if self._log is not None:
@@ -178,7 +185,7 @@ class LiveStream:
         self.stream_id = stream_id
         self.principal = principal
         self.log = log
-        self.notes = 0  # that backends have added
+        self._notes = 0  # that backends have added
         self.outlet = Outlet(connection, log, self._opener_is_gone)
         self._linger_seconds = linger_seconds if log is not None else 0.0
         self._cut_linger_seconds = cut_linger_seconds if log is not None else 0.0
@@ -212,6 +219,16 @@ class LiveStream:
     async def tell(self, signal: Signal) -> None:
         if self._driver is not None:
             await self._driver.tell(signal)
+
+    def annotate(self, note: Annotated, most: int) -> NoteFate:
+        """Puts a note behind what was sent so far, where the stream has not said all and has fewer than `most`."""
+        if self._driver is None or self._driver.is_over:
+            return "no_such_stream"
+        if self._notes >= most:
+            return "too_many_annotations"
+        self._notes += 1
+        self._driver.hear(note)
+        return "accepted"
 
     def tell_soon(self, signal: Callable[[float], Signal]) -> None:
         """`signal` is made when it is told, since another one may be told before it and time must not go back."""
@@ -349,6 +366,13 @@ class Streams:
         if stream.principal == principal:
             await stream.tell(Cancelled(asyncio.get_running_loop().time()))
         return True
+
+    def annotate(self, stream_id: str, principal: str, note: Annotated, most: int) -> NoteFate | None:
+        """What comes of a note for a stream of this caller; None where the stream is not carried here."""
+        stream = self._live.get(stream_id)
+        if stream is None:
+            return None
+        return stream.annotate(note, most) if stream.principal == principal else "no_such_stream"
 
     def obey(self, word: str, stream_id: str, seconds: float) -> None:
         """What another replica asks on behalf of the stream's own caller."""

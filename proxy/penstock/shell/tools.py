@@ -7,29 +7,25 @@ goes only to addresses that may be reached, follows no redirect, and has a key b
 import asyncio
 import contextlib
 import logging
-import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
-from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 
 from penstock.core.commands import AskAgain, RunTools
 from penstock.core.errors import Problem
 from penstock.core.request import StreamRequest
 from penstock.core.signals import ToolReturned, ToolTried
 from penstock.core.wishes import ToolRun
+from penstock.shell.reach import GuardedResolver, OutOfReach, guarded_sockets
 from penstock.shell.sources import Ear, Source
 from penstock.tool_settings import Binding, Tools
 
 _log = logging.getLogger("penstock")
 
-Networks = Sequence[IPv4Network | IPv6Network]
 Trace = Callable[[ToolRun], contextlib.AbstractContextManager[Mapping[str, str]]]
 """Opens the span of a call; what it gives are the headers that carry the context on."""
 
@@ -110,58 +106,20 @@ def _made(binding: Binding, settings: Tools) -> Tool:
 # --- HTTP -----------------------------------------------------------------------------------------
 
 
-def may_reach(address: str, allowed: Networks) -> bool:
-    """Whether a tool may stand at this address: a public one, or one of the networks that the settings name."""
-    ip = ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    ip = mapped or ip
-    return (ip.is_global and not ip.is_multicast) or any(ip in network for network in allowed)
-
-
-class _GuardedResolver(AbstractResolver):
-    """Names lead only where tools may stand. What is connected to is what was judged: no second look-up follows."""
-
-    def __init__(self, allowed: Networks) -> None:
-        self._allowed = allowed
-        self._inner = ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        found = await self._inner.resolve(host, port, family)
-        kept = [result for result in found if may_reach(result["host"], self._allowed)]
-        if not kept:
-            raise ToolFailed(_forbidden(host), may_retry=False)
-        return kept
-
-    async def close(self) -> None:
-        await self._inner.close()
-
-
-def _forbidden(host: str) -> str:
-    return f"the tool's host {host} is at an address that tools may not have; see tools.loop.allow_networks"
-
-
-def check_literal(url: str, allowed: Networks) -> None:
-    """An address in the URL itself is no name, so no resolver judges it. Raises `ToolFailed`."""
-    host = urlsplit(url).hostname or ""
-    try:
-        is_allowed = may_reach(host, allowed)
-    except ValueError:
-        return
-    if not is_allowed:
-        raise ToolFailed(_forbidden(host), may_retry=False)
-
-
 class HttpTool:
     """`POST` of the arguments to one URL; the body of the answer is the result."""
 
     def __init__(self, binding: Binding, settings: Tools) -> None:
         self._binding = binding
-        self._allowed = settings.loop.networks
         self._most = settings.loop.result_bytes
+        allowed = settings.loop.networks
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, resolver=_GuardedResolver(self._allowed), keepalive_timeout=3),
+            connector=aiohttp.TCPConnector(
+                limit=0,
+                resolver=GuardedResolver(allowed),
+                socket_factory=guarded_sockets(allowed),
+                keepalive_timeout=3,
+            ),
             headers={name: value.get_secret_value() for name, value in binding.headers.items()},
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -169,7 +127,6 @@ class HttpTool:
 
     async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
         url = self._binding.url or ""
-        check_literal(url, self._allowed)
         # The caller has named the tool, with line breaks if it liked.
         named = {"Idempotency-Key": run.key, "X-Tool-Name": quote(run.name)}
         merged = {**headers, "Content-Type": "application/json", **named}
@@ -178,9 +135,10 @@ class HttpTool:
                 url, data=run.arguments.encode(), headers=merged, allow_redirects=False
             ) as answer:
                 body = await _read(answer, self._most)
+        except OutOfReach as error:
+            raise ToolFailed(str(error), may_retry=False) from error
         except (aiohttp.ClientError, OSError) as error:
-            cause = error.__cause__ if isinstance(error.__cause__, ToolFailed) else None
-            raise cause or ToolFailed(f"the tool cannot be reached ({type(error).__name__})") from error
+            raise ToolFailed(f"the tool cannot be reached ({type(error).__name__})") from error
         if not 200 <= answer.status < 300:
             raise ToolFailed(f"the tool answered {answer.status}", may_retry=answer.status >= 500)
         return body.decode("utf-8", "replace")
@@ -206,76 +164,73 @@ async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
 class McpTool:
     """One MCP server, by streamable HTTP or as a process of ours. Its session is opened by the first call.
 
-    A session must be left by the task that entered it, so it lives in a task of its own. One that breaks is opened anew
-    by the next call.
+    One that fails a call gets no more of them, since an answer does not tell whether the session is broken: the next
+    call opens another, and those that run in it go on.
     """
 
     def __init__(self, binding: Binding, settings: Tools) -> None:
         self._binding = binding
         self._allowed = settings.loop.networks
-        self._task: asyncio.Task[None] | None = None
-        self._session: asyncio.Future[Any] | None = None
-        self._leave = asyncio.Event()
+        self._most = settings.loop.result_bytes
+        self._session: _McpSession | None = None
+        self._living: set[asyncio.Task[None]] = set()
 
     async def call(self, run: ToolRun, headers: Mapping[str, str]) -> str:
-        session = await self._opened()
-        meta = {"idempotencyKey": run.key, **headers}
+        live = self._session
+        if live is None or live.task.done():
+            live = self._session = _McpSession(self._connected)
+            self._living.add(live.task)
+            live.task.add_done_callback(self._living.discard)
         try:
-            result = await session.call_tool(run.name, orjson.loads(run.arguments), meta=meta)
+            with live.used():
+                session = await asyncio.shield(live.opened)
+                meta = {"idempotencyKey": run.key, **headers}
+                result = await session.call_tool(run.name, orjson.loads(run.arguments), meta=meta)
         except (asyncio.CancelledError, TimeoutError):
             raise
         except Exception as error:  # the package's own errors, and those of its transports
-            await self.close()
-            raise ToolFailed(
-                f"the MCP server {self._binding.label} failed ({type(error).__name__}: {error})"
-            ) from error
+            self._retire(live)
+            raise self._failure(error, "failed" if live.has_opened else "cannot be reached") from error
         text = "\n".join(getattr(part, "text", None) or f"[{part.type}]" for part in result.content)
         if getattr(result, "is_error", False):
             raise ToolFailed(f"the tool reports an error: {text[:500]}", may_retry=False)
         return text
 
     async def close(self) -> None:
-        self._leave.set()
-        task, self._task, self._session = self._task, None, None
-        if task is not None:
-            await asyncio.wait({task}, timeout=5)
+        if self._session is not None:
+            self._retire(self._session)
+        if self._living:
+            await asyncio.wait(self._living, timeout=5)
+        for task in self._living:
             task.cancel()
 
-    async def _opened(self) -> Any:
-        if self._session is None:
-            self._leave = asyncio.Event()
-            self._session = asyncio.get_running_loop().create_future()
-            self._task = asyncio.create_task(self._live(self._session, self._leave))
-        try:
-            return await asyncio.shield(self._session)
-        except ToolFailed:
+    def _retire(self, live: "_McpSession") -> None:
+        live.retire()
+        if self._session is live:
             self._session = None
-            raise
 
-    async def _live(self, opened: "asyncio.Future[Any]", leave: asyncio.Event) -> None:
-        try:
-            async with self._connected() as session:
-                opened.set_result(session)
-                await leave.wait()
-        except Exception as error:
-            failure = error if isinstance(error, ToolFailed) else None
-            why = f"the MCP server {self._binding.label} cannot be reached ({type(error).__name__})"
-            if not opened.done():
-                opened.set_exception(failure or ToolFailed(why))
-            self._session = None
+    def _failure(self, error: Exception, what: str) -> ToolFailed:
+        if isinstance(error, ToolFailed):
+            return error
+        if isinstance(error, OutOfReach):
+            return ToolFailed(str(error), may_retry=False)
+        return ToolFailed(f"the MCP server {self._binding.label} {what} ({type(error).__name__}: {error})")
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
         try:
             from mcp import ClientSession, StdioServerParameters, stdio_client
             from mcp.client.streamable_http import streamable_http_client
+
+            from penstock.shell.mcp_transport import guarded_client
         except ImportError:
             raise ToolFailed("install penstock[mcp] to reach MCP servers", may_retry=False) from None
         binding = self._binding
         async with contextlib.AsyncExitStack() as stack:
             if binding.mcp is not None:
                 await self._check(binding.mcp)
-                client = await stack.enter_async_context(_http_client(binding))
+                headers = {name: value.get_secret_value() for name, value in binding.headers.items()}
+                client = await stack.enter_async_context(guarded_client(headers, self._allowed, self._most))
                 streams = await stack.enter_async_context(streamable_http_client(binding.mcp, http_client=client))
             else:
                 command, *arguments = binding.command
@@ -286,18 +241,53 @@ class McpTool:
             yield session
 
     async def _check(self, url: str) -> None:
-        """The package looks names up itself, so they are judged before it does."""
-        check_literal(url, self._allowed)
+        """Each request is judged again; this tells of a wrong address in words that the package would lose."""
         parts = urlsplit(url)
-        await _GuardedResolver(self._allowed).resolve(parts.hostname or "", parts.port or 0)
+        await GuardedResolver(self._allowed).resolve(parts.hostname or "", parts.port or 0)
 
 
-def _http_client(binding: Binding) -> Any:
-    from mcp.shared._httpx_utils import create_mcp_http_client
+class _McpSession:
+    """A session, which must be left by the task that entered it, so it lives in a task of its own."""
 
-    client = create_mcp_http_client(headers={name: value.get_secret_value() for name, value in binding.headers.items()})
-    client.follow_redirects = False
-    return client
+    def __init__(self, connected: Callable[[], contextlib.AbstractAsyncContextManager[Any]]) -> None:
+        self._connected = connected
+        self._calls = 0
+        self._is_retired = False
+        self._leave = asyncio.Event()
+        self.opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(self._live())
+
+    @property
+    def has_opened(self) -> bool:
+        return self.opened.done() and self.opened.exception() is None
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._leave_if_idle()
+
+    def retire(self) -> None:
+        """It is left when its calls are over."""
+        self._is_retired = True
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        if self._is_retired and not self._calls:
+            self._leave.set()
+
+    async def _live(self) -> None:
+        try:
+            async with self._connected() as session:
+                self.opened.set_result(session)
+                await self._leave.wait()
+        except Exception as error:  # one that breaks later fails its calls
+            if not self.opened.done():
+                self.opened.set_exception(error)
+                self.opened.exception()  # whoever waited may have left
 
 
 # --- The rounds of one stream ---------------------------------------------------------------------
@@ -341,6 +331,10 @@ class LoopedAnswer:
                     return
                 await self._turn_is_over.wait()  # the engine has said all, and a verdict on it may still be out
                 self._turn_is_over.clear()
+                # A stream of which another replica knows nothing may be asked for anew, and then the tool is as well.
+                await ear.logged()
+                if ear.is_over:
+                    return
                 for run in self._runs:
                     task = asyncio.create_task(self._run(run, ear))
                     self._tasks.add(task)
@@ -367,7 +361,8 @@ class LoopedAnswer:
 
     def _stop_tools(self) -> None:
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would cut short how the first is told to an MCP server
+                task.cancel()
 
     async def _listen(self, ear: Ear) -> None:
         """Until the engine's turn is over, however its connection ends; nothing of it is heard after that."""

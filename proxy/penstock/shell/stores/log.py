@@ -4,7 +4,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from penstock.core.commands import RecordUsage
 from penstock.core.dialects import Form
@@ -240,6 +240,10 @@ class LogOwner(Protocol):
 OnWord = Callable[[str, str, float], None]
 """A word (`cancel`, or `watch` for so many seconds), the stream's id and the seconds."""
 OnLost = Callable[[StreamInfo, RecordUsage], None]
+NoteFate = Literal["accepted", "no_such_stream", "too_many_annotations"]
+"""What came of a backend's note."""
+OnNote = Callable[[str, str, bytes], NoteFate]
+"""A note for a stream that is carried here: the stream's id, the caller whose it must be, and the note as it came."""
 
 
 class Store(Protocol):
@@ -251,11 +255,17 @@ class Store(Protocol):
         A key is free again when its attempt ended without an answer, and when the log of its stream is forgotten.
         """
 
-    def start(self, on_word: OnWord, on_lost: OnLost) -> None:
-        """Call once. `on_word` hears what other replicas ask, `on_lost` the bills of streams that lost theirs."""
+    def start(self, on_word: OnWord, on_note: OnNote, on_lost: OnLost) -> None:
+        """Call once. The first two hear what other replicas ask, `on_lost` the bills of streams that lost theirs."""
 
     async def tell(self, stream_id: str, principal: str, word: str) -> None:
         """Passes a word on to the replica that carries the stream; nothing if there is none or it is another's."""
+
+    async def annotate(self, stream_id: str, principal: str, note: bytes) -> NoteFate:
+        """Hands a note to the other replica that carries the stream. Those of one caller arrive in their order.
+
+        Raises `Overloaded` where that replica does not say what came of it.
+        """
 
     async def find(self, stream_id: str) -> StreamLog | None:
         """The log of a stream, running or over; None where there is none any more."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from penstock.shell.stores.log import Claim, OnLost, OnWord, StreamInfo, StreamLog
+from penstock.shell.stores.log import Claim, NoteFate, OnLost, OnNote, OnWord, StreamInfo, StreamLog
 
 
 class MemoryStore:
@@ -59,11 +59,15 @@ class MemoryStore:
         elif stream_id in self._finished:
             self._forget(stream_id)
 
-    def start(self, on_word: OnWord, on_lost: OnLost) -> None:
+    def start(self, on_word: OnWord, on_note: OnNote, on_lost: OnLost) -> None:
         """There are no other replicas."""
 
     async def tell(self, stream_id: str, principal: str, word: str) -> None:
         """There are no other replicas."""
+
+    async def annotate(self, stream_id: str, principal: str, note: bytes) -> NoteFate:  # noqa: ARG002
+        """There are no other replicas."""
+        return "no_such_stream"
 
     async def find(self, stream_id: str) -> StreamLog | None:
         if (log := self._running.get(stream_id)) is not None:

@@ -13,7 +13,7 @@ alone. Once Redis is back it gets what it missed, and says whether somebody else
     {prefix}:replicas        set of replica names
     {prefix}:at:{replica}    its lease: gone where the replica is
     {prefix}:at:{replica}:open      set of the streams that it carries
-    {prefix}:at:{replica}:control   stream of what others ask of it: cancel, watch
+    {prefix}:at:{replica}:control   stream of what others ask of it: cancel, watch, annotate; and of their answers
 """
 
 import asyncio
@@ -22,7 +22,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, cast
 
 import orjson
 from redis.asyncio import Redis
@@ -39,7 +40,9 @@ from penstock.shell.stores.log import (
     DeferredLog,
     Evicted,
     LogOwner,
+    NoteFate,
     OnLost,
+    OnNote,
     OnWord,
     StreamInfo,
     StreamLog,
@@ -53,6 +56,8 @@ _log = logging.getLogger("penstock")
 # Bytes of one stream that may wait for Redis before its engine waits too.
 _MOST_WAITING = 64 * 1024
 _PAGE = 256
+# Of what replicas ask of one that does not listen any more.
+_MOST_WORDS = 10_000
 _RETRY_SECONDS = 1.0
 # How often a write is sent whose fate Redis, when asked, does not explain.
 _TRIES = 3
@@ -187,13 +192,16 @@ class RedisStore:
         self._alive_at = self._loop.time()
         self._judges_from = self._alive_at + settings.lease_seconds
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self._questions = count(1)
+        self._asked: dict[int, asyncio.Future[NoteFate]] = {}  # other replicas, by the number of the question
         self._on_word: OnWord = lambda _word, _stream_id, _seconds: None
+        self._on_note: OnNote = lambda _stream_id, _principal, _note: "no_such_stream"
         self._on_lost: OnLost = lambda _info, _record: None
 
     # -- what is asked of a store ------------------------------------------------------------------
 
-    def start(self, on_word: OnWord, on_lost: OnLost) -> None:
-        self._on_word, self._on_lost = on_word, on_lost
+    def start(self, on_word: OnWord, on_note: OnNote, on_lost: OnLost) -> None:
+        self._on_word, self._on_note, self._on_lost = on_word, on_note, on_lost
         # Apart from each other, so that thousands of streams to follow, restore or inherit do not delay the heartbeat.
         thrice = {
             "beat": self._beat,
@@ -249,7 +257,7 @@ class RedisStore:
                 return
             control = self._at(meta["replica"], "control")
             said: dict[Any, Any] = {"word": word, "id": stream_id, "seconds": self._settings.lease_seconds}
-            await self._redis.xadd(control, said, maxlen=10_000, approximate=True)
+            await self._redis.xadd(control, said, maxlen=_MOST_WORDS, approximate=True)
         except (RedisError, OSError) as error:
             await self._doubt(error)
 
@@ -257,6 +265,32 @@ class RedisStore:
     def is_behind(self) -> bool:
         """Whether Redis has not heard yet of all that was said here."""
         return bool(self._behind)
+
+    async def annotate(self, stream_id: str, principal: str, note: bytes) -> NoteFate:
+        """A question on the other's control stream; the answer comes on ours, within the time that Redis gets."""
+        number = next(self._questions)
+        answer: asyncio.Future[NoteFate] = self._loop.create_future()
+        self._asked[number] = answer
+        try:
+            meta = await self._meta(stream_id)
+            if meta is None or meta["principal"] != principal:
+                return "no_such_stream"
+            if not await self._redis.exists(self._at(meta["replica"])):
+                return "no_such_stream"  # its end is about to be written
+            said: dict[Any, Any] = {"word": "annotate", "id": stream_id, "principal": principal, "note": note}
+            control = self._at(meta["replica"], "control")
+            await self._redis.xadd(control, {**said, "from": self.replica, "number": number}, maxlen=_MOST_WORDS)
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                return await answer
+        except TimeoutError:
+            message = "the replica that carries the stream does not answer; whether it took the annotation is not known"
+            raise Overloaded("replica_silent", message, headers={"Retry-After": "1"}) from None
+        except (RedisError, OSError) as error:
+            await self._doubt(error)
+            message = "the store that knows where the stream runs cannot be reached; ask again"
+            raise Overloaded("store_lost", message, headers={"Retry-After": "1"}) from None
+        finally:
+            del self._asked[number]
 
     async def close(self) -> None:
         await stopped(self.tasks.values())
@@ -535,7 +569,8 @@ class RedisStore:
         if mirror.info.form is not Form.WHOLE:
             opened = mirror.info.started_ms / 1000 + self._first_byte_seconds - time.time()
             self._loop.call_later(max(0.0, opened) + 0.1, mirror.open)
-        await self._redis.xadd(self._at(self.replica, "control"), {"word": "follow"}, maxlen=10_000, approximate=True)
+        control = self._at(self.replica, "control")
+        await self._redis.xadd(control, {"word": "follow"}, maxlen=_MOST_WORDS, approximate=True)
         await self.tell(stream_id, mirror.info.principal, "watch")
         return mirror
 
@@ -564,17 +599,36 @@ class RedisStore:
             for name, entries in answer or ():
                 if name.decode() == control:
                     heard = entries[-1][0].decode()
-                    self._obey(fields for _, fields in entries)
+                    await self._reply(heard, list(self._obey(fields for _, fields in entries)))
                 elif (mirror := names.get(name.decode())) is not None:
                     for entry_id, fields in entries:
                         mirror.take(entry_id, fields)
             self._forget_mirrors()
 
-    def _obey(self, words: Iterator[_Fields]) -> None:
+    def _obey(self, words: Iterator[_Fields]) -> Iterator[tuple[str, dict[Any, Any]]]:
+        """Does what others ask; gives the answers, each with the replica that waits for it."""
         for fields in words:
-            word = fields[b"word"].decode()
-            if word != "follow":
-                self._on_word(word, fields[b"id"].decode(), float(fields[b"seconds"]))
+            match word := fields[b"word"].decode():
+                case "cancel" | "watch":
+                    self._on_word(word, fields[b"id"].decode(), float(fields[b"seconds"]))
+                case "annotate":
+                    fate = self._on_note(fields[b"id"].decode(), fields[b"principal"].decode(), fields[b"note"])
+                    yield fields[b"from"].decode(), {"word": "answer", "number": fields[b"number"], "fate": fate}
+                case "answer":
+                    answer = self._asked.get(int(fields[b"number"]))
+                    if answer is not None and not answer.done():
+                        answer.set_result(cast(NoteFate, fields[b"fate"].decode()))
+
+    async def _reply(self, heard: str, answers: list[tuple[str, dict[Any, Any]]]) -> None:
+        """Answers, and lets go of what was heard, since notes are long."""
+        pipe = self._redis.pipeline(transaction=False)
+        for replica, answer in answers:
+            pipe.xadd(self._at(replica, "control"), answer, maxlen=_MOST_WORDS, approximate=True)
+        pipe.xtrim(self._at(self.replica, "control"), minid=heard, approximate=False)
+        try:
+            await pipe.execute()
+        except (RedisError, OSError) as error:
+            await self._doubt(error)
 
     def _forget_mirrors(self) -> None:
         for stream_id, mirror in list(self._mirrors.items()):
@@ -682,7 +736,10 @@ class RedisStore:
             self._on_lost(info, closing.record)
 
     async def _lost(self, stream_id: str, meta: Mapping[str, Any]) -> tuple[StreamInfo, int, Closing] | None:
-        """What is to be said to the end of the stream, and its last event before that; None where it has ended."""
+        """What is to be said to the end of the stream, and its last event before that; None where it has ended.
+
+        One that has said all may lack only the mark behind it, for which its readers and its bill wait.
+        """
         info = _from_meta(stream_id, meta)
         found = _Mirror(info, _Nobody(), meta["replica"])
         await self._catch_up(found)
@@ -691,7 +748,7 @@ class RedisStore:
         native = [body for entry in found for body in bodies(entry.data, info.form)] if info.has_cursors else []
         ts = int(time.time() * 1000)
         closing = await asyncio.to_thread(close_lost, native, info.form, info.dialect, stream_id, found.last, ts)
-        return None if closing is None else (info, found.last, closing)
+        return info, found.last, closing
 
     async def _bill_inherited(self, stream_id: str) -> None:
         """It was ended by this heir, which did not hear of it, or not at all."""
