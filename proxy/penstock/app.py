@@ -82,7 +82,7 @@ def _open_store(settings: Settings) -> Store:
     if settings.store.url is None:
         return MemoryStore(settings.store.memory_bytes, settings.store.retention_seconds)
     try:
-        from penstock.shell.stores.redis import RedisStore
+        from penstock.shell.stores.redis.store import RedisStore
     except ModuleNotFoundError:
         remedy = "install it with pip install 'penstock[redis]', or leave store.url out"
         raise SettingsError(f"store.url: needs the package redis, which is not installed; {remedy}") from None

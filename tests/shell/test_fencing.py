@@ -21,7 +21,7 @@ from penstock.core.signals import Signal
 from penstock.core.verifier import parse_log, verify
 from penstock.shell.stores.log import DeferredLog, StreamInfo
 from penstock.shell.stores.memory import MemoryStore
-from penstock.shell.stores.redis import stopped
+from penstock.shell.stores.redis.link import stopped
 from penstock.shell.streams import LiveStream
 from support import chunks
 from support.http_client import FOLDED, SSE, Json, chat
@@ -84,6 +84,23 @@ async def test_a_write_of_unknown_fate_is_asked_after(tmp_path: Path, arrives: b
         assert (bill["ending"], bill["estimated"]) == ("completed", False)
 
 
+async def test_a_cursor_is_not_ahead_of_the_replica_that_waits_for_redis_to_confirm_it(tmp_path: Path) -> None:
+    """Redis has the event and another replica has sent it, while its author does not know yet that it arrived."""
+    word = Word()
+    async with world(word.app, tmp_path) as all_, begun(all_.both.callers[0], chat()) as (response, seen):
+        stream_id, had = response.headers["X-Stream-Id"], frames(bytes(seen))
+        there = all_.both.callers[1]
+        async with there.session.get(f"{there.url}{STREAMS}/{stream_id}/events?after={len(had)}") as following:
+            all_.links[0].stall(answers=True)
+            word.say(" more")
+            new = bytearray()
+            while not new.endswith(b"\n\n") or b" more" not in new:
+                new += await following.content.readany()
+        here = asyncio.create_task(resumed(all_.both.callers[0], stream_id, len(had) + len(frames(bytes(new)))))
+        word.may_go_on.set()
+        assert (await here).status == 200
+
+
 async def test_who_slept_in_the_middle_of_a_write_learns_that_its_stream_was_ended(tmp_path: Path) -> None:
     """The write is under way, the lease runs out, an heir ends the stream, and only then the write's time is over."""
     word = Word()
@@ -110,7 +127,7 @@ async def test_an_heir_that_does_not_hear_that_it_has_ended_a_stream_bills_it_on
 ) -> None:
     word = Word()
     async with world(word.app, tmp_path) as all_, begun(all_.both.callers[0], chat(**LINGER)) as (response, _):
-        heir = all_.both.store(1)
+        heir = all_.both.store(1)._heirs
         end_as_heir, deaf = heir._end_as_heir, [True, True]
 
         async def end(**said: Any) -> Any:

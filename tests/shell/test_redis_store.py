@@ -10,7 +10,9 @@ from aiohttp import ClientPayloadError, web
 from redis.asyncio import Redis
 
 from penstock.core.verifier import parse_log, verify
-from penstock.shell.stores.redis import RedisLog, RedisStore, stopped
+from penstock.shell.stores.redis.carried import RedisLog
+from penstock.shell.stores.redis.link import stopped
+from penstock.shell.stores.redis.store import RedisStore
 from support import chunks
 from support.http_client import FOLDED, NDJSON, SSE, Answer, Caller, Json, chat
 from support.redis_server import RedisServer, redis_server

@@ -9,7 +9,8 @@ from typing import Any
 from aiohttp import web
 
 from penstock.shell.replay import serving
-from penstock.shell.stores.redis import RedisStore, stopped
+from penstock.shell.stores.redis.link import stopped
+from penstock.shell.stores.redis.store import RedisStore
 from support import chunks
 from support.http_client import SSE, Caller, Json, calling
 from support.sidecar import Sidecar, sidecar

@@ -171,6 +171,7 @@ class Resume:
         if log.info.form is Form.FOREIGN and after:
             message = "this stream is not one of events, so it is replayed from its start; resume it without a cursor"
             raise CallerError("cursor_ahead", message, status=409)
+        await log.reach(after)
         if after > log.last:
             raise CallerError(
                 "cursor_ahead",

@@ -11,6 +11,8 @@ from penstock.core.dialects import Form
 
 # What an entry costs beside its bytes: the bytes object, the entry, its place in the list (121 by tracemalloc).
 ENTRY_OVERHEAD = 128
+# A write that takes longer was given up, or nearly so.
+_UNDER_WAY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,9 @@ class StreamLog:
             self._waiting.discard(waiting)
         return True
 
+    async def reach(self, seq: int) -> None:
+        """Until it has event `seq`, if that is on its way: who read it elsewhere may be faster than this process."""
+
     def _grow(self, size: int) -> None:
         self.size += size
         self._owner.grew(size)
@@ -219,6 +224,10 @@ class DeferredLog(StreamLog):
 
     def append_later(self, data: bytes, last: int, *, send: bool) -> None:
         raise NotImplementedError
+
+    async def reach(self, seq: int) -> None:
+        while self.last < seq and self.waiting_bytes and await self.changed(_UNDER_WAY_SECONDS):
+            continue
 
     async def settled(self) -> None:
         """Until everything that was handed in is in the log, or `give_up` was called."""
