@@ -104,9 +104,18 @@ def test_any_text_for_ever(start: list[str], flood: str, family: str, policy: An
     assert most_held(exchange, reads) <= MOST_HELD
 
 
-@pytest.mark.parametrize("begin", ["<tool_call>", "<tool_call><function=", "<tool_call><function=f>"])
-def test_white_space_in_a_call(begin: str) -> None:
-    exchange = open_exchange(ask(tools=["f"]), line_bytes=LINE_BYTES)
+@pytest.mark.parametrize(
+    ("family", "begin"),
+    [
+        ("qwen3", "<tool_call>"),
+        ("qwen3-coder", "<tool_call><function="),
+        ("qwen3-coder", "<tool_call><function=f>"),
+        ("qwen3", "<tool_call>no object"),
+        ("mistral", "[TOOL_CALLS]<think>"),
+    ],
+)
+def test_white_space_in_a_call(family: str, begin: str) -> None:
+    exchange = open_exchange(ask(tools=["f"]), family=family, line_bytes=LINE_BYTES)
     reads = [chunks.content(begin), *repeat(chunks.content(_long(" ")), 40)]
     assert most_held(exchange, reads) <= MOST_HELD
 

@@ -248,6 +248,8 @@ class _JsonReader:
             self._read_whole("".join(self._head_pieces), out)
         elif self._step == self._read_arguments:
             out.append(Part("end", _NOT_CLOSED))
+        elif self._step == self._read_no_call:
+            out.append(Part("end", _NO_CALL))
         elif self._step == self._read_tail:
             is_closed = _closes_the_call(self._tail) if self._is_wrapped else self._syntax.fence.fullmatch(self._tail)
             out.append(Part("end", "" if is_closed and not self._syntax.between else _NOT_CLOSED))
@@ -280,11 +282,25 @@ class _JsonReader:
                 self._is_wrapped = kind.wrapped
                 self._step = self._read_arguments
                 return head[found.end() :]
+        if self._head_size >= _MOST_HEAD and self._is_no_call():
+            out += [Part("begin", ""), Part("arguments", "".join(self._head_pieces))]
+            self._head_pieces.clear()
+            self._step = self._read_no_call
+            return ""
         if self._syntax.between and self._head_pieces[0].startswith("{"):
             end = self._whole.find(text)
             if end is not None:
                 self._read_whole("".join(self._head_pieces)[: self._head_size - len(text) + end], out)
                 return text[end:]
+        return ""
+
+    def _is_no_call(self) -> bool:
+        """Whether no end could make a call of a head that was not found in time: it is no object, whatever follows."""
+        begin = next(filter(str.strip, self._head_pieces), "").lstrip()
+        return bool(begin) and not begin.startswith("{")
+
+    def _read_no_call(self, text: str, out: list[Part]) -> str:
+        out.append(Part("arguments", text))
         return ""
 
     def _read_whole(self, text: str, out: list[Part]) -> None:
