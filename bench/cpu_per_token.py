@@ -1,8 +1,8 @@
 """CPU microseconds that Penstock's process spends per streamed token, beside nginx and a bare aiohttp byte proxy.
 
 With `--peers DIRECTORY` also beside the Shepherd Model Gateway (smg, Rust), in a virtual environment there (made if it
-is missing). All stand in front of the same cheap upstream and take turns within one run, so that their ratios hold even where
-the machine is noisy. Every token of every stream is checked to have arrived; a turn that lost one fails the run.
+is missing). All stand in front of the same cheap upstream and take turns within one run, so that their ratios hold even
+where the machine is noisy. Every token of every stream is checked to have arrived; a turn that lost one fails the run.
 `bench/README.md` says how to run it, `docs/explanation/cost.md` what it found.
 """
 
