@@ -40,6 +40,9 @@ class Listener:
     async def wait_until_closed(self) -> None:
         raise AssertionError("a plain answer does not wait for its client")
 
+    async def logged(self) -> None:
+        raise AssertionError("a plain answer does not wait for the log")
+
     @property
     def said(self) -> bytes:
         return b"".join(signal.data for signal in self.signals if isinstance(signal, EngineSpoke))
