@@ -1,7 +1,8 @@
 """CPU microseconds that Penstock's process spends per streamed token, beside nginx and a bare aiohttp byte proxy.
 
-All stand in front of the same cheap upstream and take turns within one run, so that their ratios hold even where
-the machine is noisy. Every token of every stream is checked to have arrived; a turn that lost one fails the run.
+With `--peers DIRECTORY` also beside the Shepherd Model Gateway (smg, Rust), in a virtual environment there (made if it
+is missing). All stand in front of the same cheap upstream and take turns within one run, so that their ratios hold even
+where the machine is noisy. Every token of every stream is checked to have arrived; a turn that lost one fails the run.
 `bench/README.md` says how to run it, `docs/explanation/cost.md` what it found.
 """
 
@@ -20,13 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# The other scripts, wherever this one is started from.
+sys.path.insert(0, str(HERE.parent))
+
+from bench.peers import START_SECONDS as PEER_START_SECONDS  # noqa: E402
+from bench.peers import peer_python, smg_command, version  # noqa: E402
 
 NO_NGINX = "nginx is not installed; `apt-get install nginx-light` (Debian, Ubuntu) brings it"
 NGINX_CONFIG = """
@@ -207,6 +215,26 @@ def byte_proxy(stack: ExitStack, upstream: Upstream) -> list[Contender]:
     command: list[str | Path] = [sys.executable, HERE / "byte_proxy.py", str(port), f"http://127.0.0.1:{upstream.port}"]
     process = stack.enter_context(running(command, port))
     return [Contender("aiohttp, bytes only", process.pid, upstream.pid, port, CHAT, is_raw=True)]
+
+
+def smg(stack: ExitStack, upstream: Upstream, directory: Path) -> list[Contender]:
+    """A Rust gateway that passes the chunks on."""
+    python, port = peer_python(directory, "smg"), free_port()
+    command = smg_command(python, f"http://127.0.0.1:{upstream.port}", port, free_port())
+    process = stack.enter_context(running(command, port, start_seconds=PEER_START_SECONDS))
+    wait_until_answered(port)
+    return [Contender(f"smg {version(python, 'smg')}", process.pid, upstream.pid, port, CHAT, is_raw=True)]
+
+
+def wait_until_answered(port: int) -> None:
+    """smg listens before it knows its engine's models, and refuses requests until then."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=START_SECONDS).close()
+            return
+        time.sleep(0.1)
+    raise SystemExit("smg did not learn of its engine's models")
 
 
 def penstock(
@@ -520,6 +548,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--flat-tokens", type=int, default=2000, help="tokens a stream, flat out (default %(default)s)")
     parser.add_argument("--loads", nargs="+", choices=["paced", "flat"], default=["paced", "flat"])
+    parser.add_argument("--peers", type=Path, help="directory of the peer's virtual environment; without it no peer")
     parser.add_argument(
         "--beside",
         metavar="NAME=PROXY_DIRECTORY",
@@ -541,7 +570,10 @@ def main() -> None:
         port = free_port()
         process = stack.enter_context(running([sys.executable, HERE / "upstream.py", str(port), chunks], port))
         upstream = Upstream(process.pid, port)
-        contenders = [*nginx(stack, directory, upstream), *byte_proxy(stack, upstream), *penstock(stack, upstream)]
+        contenders = [*nginx(stack, directory, upstream), *byte_proxy(stack, upstream)]
+        if arguments.peers is not None:
+            contenders += smg(stack, upstream, arguments.peers)
+        contenders += penstock(stack, upstream)
         for other in arguments.beside:
             name, _, source = other.partition("=")
             contenders += penstock(stack, upstream, name, Path(source))

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from aiohttp import web
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.cpu_per_token import free_port, running
+from bench.peers import START_SECONDS, peer_python, smg_command, version
 
 STALL_BYTES = 200_000_000
 PIECE = "x" * 4000
@@ -35,10 +35,8 @@ NEIGHBOURS = 8
 RATE = 50.0
 CALM_SECONDS = 4.0
 STALL_SECONDS = 8.0
-START_SECONDS = 120.0
 # The mock engine's two answers, told apart by what every proxy passes on.
 FLOOD, PACED = 7, 100_000
-PEERS = {"litellm": "litellm[proxy]", "smg": "smg"}
 
 
 # -- the mock engine -----------------------------------------------------------------------------------
@@ -140,23 +138,9 @@ def litellm(engine: str, python: Path) -> Iterator[list[Contender]]:
 @contextmanager
 def smg(engine: str, python: Path) -> Iterator[list[Contender]]:
     port = free_port()
-    command: list[str | Path] = [python.parent / "smg", "launch", "--worker-urls", engine, "--host", "127.0.0.1"]
-    with running([*command, "--port", str(port)], port, dict(os.environ), START_SECONDS) as process:
+    command = smg_command(python, engine, port, free_port())
+    with running(command, port, dict(os.environ), START_SECONDS) as process:
         yield [Contender(f"smg {version(python, 'smg')}", process.pid, port)]
-
-
-def version(python: Path, package: str) -> str:
-    told = f"import importlib.metadata as m; print(m.version({package!r}))"
-    return subprocess.run([python, "-c", told], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def peer_python(directory: Path, name: str) -> Path:
-    """The interpreter of a peer's own environment, made if it is missing."""
-    python = directory / name / "bin" / "python"
-    if not (python.parent / name).exists():
-        subprocess.run([sys.executable, "-m", "venv", directory / name], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", PEERS[name]], check=True)
-    return python
 
 
 def resident_bytes(pid: int) -> int:

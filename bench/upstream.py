@@ -18,7 +18,10 @@ _HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
-_HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+_MODELS = b'{"object":"list","data":[{"id":"bench","object":"model","owned_by":"vllm","max_model_len":200000}]}'
+_OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+# What a proxy may ask of an engine before it sends it anything.
+_KNOWN = {b"get /health": _OK % (0, b""), b"get /v1/models": _OK % (len(_MODELS), _MODELS)}
 _UNKNOWN = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -123,7 +126,7 @@ class Connection(asyncio.Protocol):
         if lengths:
             self._answer(json.loads(body))
         else:
-            self._transport.write(_HEALTHY if head.startswith(b"GET /health ") else _UNKNOWN)
+            self._transport.write(_KNOWN.get(lines[0].rpartition(b" ")[0], _UNKNOWN))
 
     def _answer(self, request: dict[str, Any]) -> None:
         load = request["penstock_bench"]

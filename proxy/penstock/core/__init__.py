@@ -2,8 +2,8 @@
 
 `request` reads what a caller wants and `prompt` what its prompt tells, `setting` is what a stream is given; `exchange`
 takes it from its first signal to its single ending, `journey` holds the order of the steps, `transcript` numbers what
-they give. The steps on the way, in order: `engine_stream` (with `sse` and `characters`) or `tagged_stream` (with
-`frames` and `detokenize`), `channels` (with `families` and `markers`), `stop_strings`, `tool_calls` (with
+they give. The steps on the way, in order: `engine_stream` (with `sse`, `mould` and `characters`) or `tagged_stream`
+(with `frames` and `detokenize`), `channels` (with `families` and `markers`), `stop_strings`, `tool_calls` (with
 `tool_markup`, `json_text` and `schemas`), `tool_policy`, `citations`, `moderation`, `verdicts`, `structured`,
 `tool_loop`, `accounting`, `blocks`, `pacing`, and a dialect of `dialects/`. `extras` are what comes with a text,
 `wishes` what a request asks of tools and values, `notes` what a backend adds. `events` travel between the steps;

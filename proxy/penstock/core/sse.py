@@ -42,8 +42,8 @@ class Parser:
             return []
         if self._at_start or self._after_cr:
             data = self._open(data)
-        if not (self._rest or self._data or self._event) and self._is_one_frame(data):
-            return [Frame(data[6:-2], b"message", self._id)]
+        if self.is_between_frames and (pieces := self._plain(data)):
+            return [Frame(piece, b"message", self._id) for piece in pieces]
         lines = _LINE_END.split(self._rest + data)
         self._rest = lines.pop()
         if data:  # a CR that ends this piece may be the first half of a CRLF; its line is over either way
@@ -63,15 +63,18 @@ class Parser:
             self._rest, self._data = b"", []
         return frames
 
-    def _is_one_frame(self, data: bytes) -> bool:
-        """What engines send, nearly always: one read, one `data:` line (0.6 us instead of 3.3 for the general way)."""
-        return (
-            data.startswith(b"data: ")
-            and data.endswith(b"\n\n")
-            and data.count(b"\n") == 2
-            and b"\r" not in data
-            and len(data) <= self._limit
-        )
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether the next byte begins a frame, wherever the bytes were cut."""
+        return not (self._rest or self._data or self._event or self._at_start or self._after_cr)
+
+    def _plain(self, data: bytes) -> list[bytes]:
+        """What engines send, nearly always: whole frames of one `data:` line each (0.6 us instead of 3.3)."""
+        if not (data.startswith(b"data: ") and data.endswith(b"\n\n")) or b"\r" in data:
+            return []
+        pieces = data[6:-2].split(b"\n\ndata: ")
+        is_plain = data.count(b"\n") == 2 * len(pieces) and len(max(pieces, key=len)) + 8 <= self._limit
+        return pieces if is_plain else []
 
     def _open(self, data: bytes) -> bytes:
         """Drops a byte order mark at the very start, and the LF of a CRLF that was cut in two."""

@@ -4,14 +4,16 @@ import asyncio
 import io
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import orjson
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from penstock.core.errors import EngineError, Problem
@@ -177,13 +179,62 @@ async def look_up(host: str) -> list[str]:
     return sorted({str(address[0]) for *_, address in found})
 
 
+class EngineConnection(ResponseHandler):
+    """aiohttp's connection, which tells at once that something came: no future is made and no task woken for a token.
+
+    `on_data` is called when the body of the answer may have more to read, and never from within such a read.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.on_data: Callable[[], None] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.on_data is not None:
+            self.on_data()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp says this with each read of a body, and would feed its parser with nothing each time."""
+        if not self._reading_paused:
+            return
+        if resume_parser:
+            self._loop.call_soon(self._read_on)
+        else:
+            super().resume_reading(resume_parser)
+
+    def _read_on(self) -> None:
+        if self._reading_paused and self.transport is not None:
+            super().resume_reading()
+
+
+@contextmanager
+def heard(answer: aiohttp.ClientResponse, read: Callable[[], None]) -> Iterator[None]:
+    """While `read` is called whenever the body may have more to read; what is there already it has to look for."""
+    connection = answer.connection.protocol if answer.connection is not None else None
+    if not isinstance(connection, EngineConnection):  # the whole body came with the head
+        yield
+        return
+    connection.on_data = read
+    try:
+        yield
+    finally:
+        if connection.on_data is read:  # else it brings another answer by now
+            connection.on_data = None
+
+
 def _connector(path: Path | None, at: str | None) -> aiohttp.BaseConnector:
+    connector: aiohttp.BaseConnector
     if path is not None:
-        return aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=_IDLE_SECONDS)
-    if at is not None:
-        resolver = _Pinned(at)
-        return aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, resolver=resolver, use_dns_cache=False)
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+        connector = aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=_IDLE_SECONDS)
+    elif at is not None:
+        connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=_IDLE_SECONDS, resolver=_Pinned(at), use_dns_cache=False
+        )
+    else:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+    connector._factory = partial(EngineConnection, asyncio.get_running_loop())  # type: ignore[assignment] # invariant
+    return connector
 
 
 async def read_up_to(answer: aiohttp.ClientResponse, most: int) -> bytes:

@@ -22,7 +22,7 @@ from penstock.core.signals import (
 )
 from penstock.core.tagged_stream import TaggedReader
 from penstock.shell.cluster import Cluster, Member, Wish, no_engine
-from penstock.shell.engine import Engine, read_up_to
+from penstock.shell.engine import Engine, heard, read_up_to
 from penstock.shell.tagged import PluginConnection
 
 # An engine's error page is read up to here; what it says beyond is not worth the memory.
@@ -85,6 +85,7 @@ class PlainAnswer:
         self._most_bytes = most_bytes
         self._now = asyncio.get_running_loop().time
         self._answer: aiohttp.ClientResponse | None = None
+        self._read: Callable[[], None] | None = None
         self._flowing = asyncio.Event()
         self._flowing.set()
 
@@ -96,7 +97,10 @@ class PlainAnswer:
         self._flowing.clear()
 
     def resume(self) -> None:
+        """What has come meanwhile is told in the loop's next turn: whoever resumes is busy with a signal."""
         self._flowing.set()
+        if self._read is not None:
+            asyncio.get_running_loop().call_soon(self._read)
 
     def abort(self) -> None:
         """Closes the connection, which is how vLLM learns that nobody waits any more."""
@@ -114,15 +118,36 @@ class PlainAnswer:
                     return EngineRefused(answer.status, error, self._now())
                 if not self._streams or answer.content_type == "application/json":
                     return EngineAnswered(await self._read_whole(answer), self._now())
-                async for data in answer.content.iter_any():
-                    ear.hear(EngineSpoke(data, self._now()))
-                    if not self._flowing.is_set():
-                        await self._flowing.wait()
-                    if ear.is_over:
-                        break
+                await self._pass_on(answer, ear)
                 return EngineClosed(None, self._now())
         except Problem as problem:
             return EngineClosed(problem, self._now())
+
+    async def _pass_on(self, answer: aiohttp.ClientResponse, ear: Ear) -> None:
+        """The body, each read in the turn of the loop in which it comes, until it is over or the stream is."""
+        content, now = answer.content, self._now
+
+        def read() -> None:
+            if not self._flowing.is_set() or ear.is_over or content.exception() is not None:
+                return
+            if data := content.read_nowait():
+                ear.hear(EngineSpoke(data, now()))
+                if ear.is_over:
+                    answer.close()  # which ends the wait for the end of the body
+
+        with heard(answer, read):
+            self._read = read
+            read()
+            try:
+                if (broken := content.exception()) is not None:
+                    raise broken  # which aiohttp does only for those who wait already
+                await content.wait_eof()
+            except aiohttp.ClientError:
+                if not ear.is_over:
+                    raise
+            while not (ear.is_over or content.at_eof()):  # it was paused before all was read
+                await self._flowing.wait()
+                read()
 
     async def _read_whole(self, answer: aiohttp.ClientResponse) -> bytes:
         body = await read_up_to(answer, self._most_bytes + 1)
