@@ -211,10 +211,11 @@ class EngineConnection(ResponseHandler):
 @contextmanager
 def heard(answer: aiohttp.ClientResponse, read: Callable[[], None]) -> Iterator[None]:
     """While `read` is called whenever the body may have more to read; what is there already it has to look for."""
-    connection = answer.connection.protocol if answer.connection is not None else None
-    if not isinstance(connection, EngineConnection):  # the whole body came with the head
+    if answer.connection is None:  # the whole body came with the head
         yield
         return
+    connection = answer.connection.protocol
+    assert isinstance(connection, EngineConnection), "_connector saw to it"
     connection.on_data = read
     try:
         yield
@@ -233,6 +234,11 @@ def _connector(path: Path | None, at: str | None) -> aiohttp.BaseConnector:
         )
     else:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+    # No public door leads there. An aiohttp without it must be noticed when Penstock starts, not by streams that hang.
+    if not hasattr(connector, "_factory"):
+        raise RuntimeError(
+            f"aiohttp {aiohttp.__version__} makes its connections in a way that is not known; install 3.14"
+        )
     connector._factory = partial(EngineConnection, asyncio.get_running_loop())  # type: ignore[assignment] # invariant
     return connector
 
