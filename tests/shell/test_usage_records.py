@@ -16,10 +16,11 @@ from aiohttp import web
 
 from penstock.access_settings import UsageFile, UsageSettings
 from penstock.settings import SettingsError
-from penstock.shell import usage_records
+from penstock.shell import sinks
 from penstock.shell.auth import hash_key
 from penstock.shell.ledgers import connected
-from penstock.shell.usage_records import FileSink, UsageRecord, UsageRecords
+from penstock.shell.sinks import FileSink
+from penstock.shell.usage_records import UsageRecord, UsageRecords
 from support import chunks
 from support.http_client import chat
 from support.otlp_receiver import SERVER, receiving
@@ -125,7 +126,7 @@ class Flaky:
     is_gone: bool = True
     taken: list[str] = field(default_factory=list)
 
-    async def write(self, records: Sequence[UsageRecord]) -> None:
+    async def write(self, records: Sequence[Any]) -> None:
         if self.is_gone:
             raise ConnectionError("gone")
         self.taken += [record.stream_id for record in records]
@@ -134,8 +135,8 @@ class Flaky:
 
 
 @asynccontextmanager
-async def records(*sinks: Flaky) -> AsyncIterator[UsageRecords]:
-    kept = UsageRecords(UsageSettings(), sinks)
+async def records(*flaky: Flaky) -> AsyncIterator[UsageRecords]:
+    kept = UsageRecords(UsageSettings(), flaky)
     keeping = asyncio.create_task(kept.keep_up())
     yield kept
     kept.close()
@@ -145,7 +146,7 @@ async def records(*sinks: Flaky) -> AsyncIterator[UsageRecords]:
 async def test_a_sink_that_is_gone_gets_everything_when_it_is_back_and_hinders_no_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(usage_records, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(sinks, "_PAUSE_SECONDS", 0.02)
     gone, well = Flaky(), Flaky(is_gone=False)
     async with records(gone, well) as kept:
         for record in numbered(*range(1200)):
@@ -161,8 +162,8 @@ async def test_a_sink_that_is_gone_gets_everything_when_it_is_back_and_hinders_n
 async def test_what_no_sink_takes_goes_to_the_log_and_not_into_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(usage_records, "_MOST_WAITING", 2)
-    monkeypatch.setattr(usage_records, "_LAST_PAUSES", (0.0,))
+    monkeypatch.setattr(sinks, "_MOST_WAITING", 2)
+    monkeypatch.setattr(sinks, "_LAST_PAUSES", (0.0,))
     async with records(Flaky()) as kept:
         for record in numbered(1, 2, 3):
             kept.add(record)

@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from opentelemetry._logs import LogRecord, SeverityNumber
-from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry._logs import SeverityNumber
 
-from penstock import __version__
 from penstock.core.commands import RecordUsage
 from penstock.core.events import Intervention
 from penstock.core.request import StreamRequest
 from penstock.moderation_settings import AuditFile, AuditSettings
-from penstock.shell.telemetry import StreamTrace, context_of, logger_provider
-from penstock.shell.usage_records import FileSink, Line, Sink
+from penstock.shell.sinks import FileSink, Line, OtlpSink, Sink
+from penstock.shell.telemetry import StreamTrace, logger_provider
 
 _PURGE_SECONDS = 3600.0
 _LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")
+_STAY_IN_THE_FILE = frozenset({"text", "timeline"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +65,10 @@ class AuditEntry:
     error: str | None = None
     interventions: int | None = None
     timeline: list[tuple[int, int, int, int]] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those that it has."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Audit:
@@ -195,37 +198,12 @@ def _sinks(settings: AuditSettings) -> list[Sink]:
         sinks.append(FileSink.checked(settings.file, "audit.file.path"))
         purge(settings.file)
     if settings.otlp:
-        sinks.append(_OtlpAudit(logger_provider(os.environ)))
+        sinks.append(OtlpSink(logger_provider(os.environ), "penstock.audit", _says, hides=_STAY_IN_THE_FILE))
     return sinks
 
 
-class _OtlpAudit:
-    """Entries as log records with the trace's ids; text and timelines stay in the file."""
-
-    def __init__(self, provider: LoggerProvider) -> None:
-        self._provider = provider
-        self._logger = provider.get_logger("penstock", __version__)
-
-    async def write(self, records: Sequence[Any]) -> None:
-        for record in records:
-            values = asdict(record)
-            context = context_of(values.pop("trace_id"), values.pop("span_id"))
-            at = int(datetime.fromisoformat(values.pop("time")).timestamp() * 1e9)
-            shown = {n: v for n, v in values.items() if v is not None and n not in ("text", "timeline")}
-            self._logger.emit(
-                LogRecord(
-                    timestamp=at,
-                    observed_timestamp=at,
-                    context=context,
-                    severity_number=SeverityNumber.WARN if record.kind == "intervention" else SeverityNumber.INFO,
-                    event_name="penstock.audit",
-                    body=f"audit: {record.kind}",
-                    attributes={f"penstock.audit.{name}": value for name, value in shown.items()},
-                )
-            )
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._provider.shutdown)
+def _says(entry: AuditEntry) -> tuple[str, SeverityNumber]:
+    return f"audit: {entry.kind}", SeverityNumber.WARN if entry.kind == "intervention" else SeverityNumber.INFO
 
 
 # --- Retention ----------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from penstock.settings import Settings, SettingsError
 from penstock.shell.callers import Caller
 from penstock.shell.ledgers import RedisLedger, connected
 from penstock.shell.rate_limits import Grant, RateLimits
+from penstock.shell.sinks import FileSink, OtlpSink, RedisSink, Sink
 from penstock.shell.telemetry import StreamTrace, logger_provider
-from penstock.shell.usage_records import FileSink, OtlpSink, RedisSink, Sink, UsageRecords, billed_tokens, usage_record
+from penstock.shell.usage_records import UsageRecords, billed_tokens, says_of_usage, usage_record
 
 _log = logging.getLogger("penstock")
 
@@ -124,7 +125,7 @@ def _sinks(settings: Settings, url: str | None) -> list[Sink]:
     if usage.redis_stream is not None and url:
         sinks.append(RedisSink(_redis(settings, url), usage.redis_stream, usage.redis_stream_records))
     if usage.otlp:
-        sinks.append(OtlpSink(logger_provider(os.environ)))
+        sinks.append(OtlpSink(logger_provider(os.environ), "penstock.usage", says_of_usage))
     return sinks
 
 
