@@ -66,12 +66,13 @@ class Talk:
 
     url: str
     name: str
-    body: Json
+    body: Json = field(repr=False)
     route: str
-    frames: list[bytes] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list, repr=False)
     stream_id: str | None = None
     attempt: int = 0
     unknown: int = 0
+    last_answer: str = ""
     ended_at: float = 0.0
 
     @property
@@ -104,6 +105,7 @@ class Talk:
                 await self._listen(answer)
 
     async def _listen(self, answer: aiohttp.ClientResponse) -> None:
+        self.last_answer = f"{answer.status} {await answer.text() if answer.status != 200 else ''}"
         if answer.status != 200:
             self.unknown += answer.status in (404, 409, 410)
             return
@@ -222,15 +224,18 @@ async def test_every_stream_ends_once_whatever_dies(
     ):
         havoc = Havoc(running, engine_holder, dice)
         async with asyncio.TaskGroup() as group:
+            begun: list[Talk] = []
             talks: list[asyncio.Task[Talk]] = []
             breaking = group.create_task(havoc.wreak())
             while not breaking.done():
                 route = STREAMS if len(talks) % 3 else CHAT
                 talk = Talk(running.url, f"client-{len(talks)}", {**body, "stream": True}, route)
+                begun.append(talk)
                 talks.append(group.create_task(talk.run(session)))
                 await asyncio.sleep(1 / A_SECOND)
-            async with asyncio.timeout(PATIENCE):
-                told = await asyncio.gather(*talks)
+            _, hanging = await asyncio.wait(talks, timeout=PATIENCE)
+            assert not hanging, [talk for talk in begun if not talk.is_over]
+            told = [task.result() for task in talks]
         quiet = await Talk(running.url, "quiet", body, STREAMS).run(session)
         told.append(quiet)
         endings = Counter(talk.ending() for talk in told)
