@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientError, ClientPayloadError, web
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from penstock.core.dialects import Form
@@ -21,6 +22,7 @@ from penstock.core.signals import Signal
 from penstock.core.verifier import parse_log, verify
 from penstock.shell.stores.log import DeferredLog, StreamInfo
 from penstock.shell.stores.memory import MemoryStore
+from penstock.shell.stores.redis.carried import RedisLog
 from penstock.shell.stores.redis.link import stopped
 from penstock.shell.streams import LiveStream
 from support import chunks
@@ -231,6 +233,40 @@ async def test_what_went_on_without_redis_is_there_when_redis_is_back(tmp_path: 
             assert frames((await resumed(there, stream_id)).body) == frames(data)
             bill = await all_.billed(stream_id)
             assert (bill["ending"], bill["estimated"]) == ("completed", False)
+
+
+async def test_a_stream_whose_end_arrived_unheard_is_kept_no_longer_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last write has the end in it; neither the answer to that comes, nor one to the question after it."""
+    word, may_answer, answered = Word(), asyncio.Event(), list[Any]()
+    execute = Pipeline.execute
+
+    async def once_and_late(self: Any, *args: Any, **options: Any) -> Any:
+        answered.append(await execute(self, *args, **options))
+        if len(answered) > 1:
+            raise RedisTimeout("the answer was lost")
+        await may_answer.wait()
+        return answered[0]
+
+    async with world(word.app, tmp_path) as all_:
+        async with begun(all_.both.callers[0], chat()) as (response, _):
+            stream_id = response.headers["X-Stream-Id"]
+            await stopped([all_.both.store(n).tasks[name] for n in (0, 1) for name in ("beat", "listen", "inherit")])
+            monkeypatch.setattr(Pipeline, "execute", once_and_late)
+            word.may_go_on.set()
+            log = await all_.both.store(0).find(stream_id)
+            assert isinstance(log, RedisLog)
+            await until(lambda: log._draft is not None and log._draft.is_last)
+            may_answer.set()
+            await response.read()
+        assert all_.both.store(0).is_behind
+        monkeypatch.setattr(Pipeline, "execute", execute)
+        assert (await all_.billed(stream_id))["ending"] == "completed"
+        async with Redis.from_url(f"unix://{tmp_path / 'redis.sock'}") as redis:
+            kept = [await redis.ttl(f"penstock:{stream_id}:{part}") for part in ("meta", "log")]
+            assert all(0 < seconds <= 300 for seconds in kept)
+            assert await redis.keys("penstock:at:*:open") == []
 
 
 async def test_a_redis_that_forgot_everything_is_told_again(tmp_path: Path) -> None:

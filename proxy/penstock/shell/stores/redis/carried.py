@@ -351,14 +351,20 @@ class Carried:
             return await self._drop_there(log.info.stream_id)
         except ResponseError:
             return None
-        if log.is_over and not is_ended:
-            draft = _Draft(log.last + 1, log.last, is_last=True)
-            pipe = self._link.redis.pipeline(transaction=False)
-            mark = self._add(pipe, log, draft)
-            if not isinstance((await pipe.execute(raise_on_error=False))[mark], bytes):
-                return None
+        if log.is_over and not await self._ended(log, had_arrived=is_ended):
+            return None
         log.is_replicated = True
         return False
+
+    async def _ended(self, log: RedisLog, *, had_arrived: bool) -> bool:
+        """Ends it there, or only says again for how long it is kept, since it was begun again to look at it."""
+        pipe, mark = self._link.redis.pipeline(transaction=False), None
+        if had_arrived:
+            self._bury(pipe, log.info.stream_id, log.answers)
+        else:
+            mark = self._add(pipe, log, _Draft(log.last + 1, log.last, is_last=True))
+        answers = await pipe.execute(raise_on_error=False)
+        return mark is None or isinstance(answers[mark], bytes)
 
     async def _rewrite(self, log: RedisLog, after: int) -> int:
         """Some of what Redis misses; returns the number of its last event then."""
