@@ -55,6 +55,15 @@ async def test_another_replica_follows_a_running_stream(redis: RedisServer) -> N
         assert frames((await there).body) == everything[2:]
 
 
+async def test_a_stream_whose_log_is_gone_is_not_waited_for(redis: RedisServer) -> None:
+    word = Word()
+    async with replicas(word.app, [redis.url] * 2) as both, begun(both.callers[0], chat()) as (response, _):
+        stream_id = response.headers["X-Stream-Id"]
+        async with Redis.from_url(redis.url) as client:
+            await client.delete(f"penstock:{stream_id}:log")
+        assert (await resumed(both.callers[1], stream_id)).status == 404
+
+
 async def test_a_cursor_is_not_ahead_of_a_replica_that_heard_less(redis: RedisServer) -> None:
     """The stream's own replica sent it; the other one, which follows the stream already, has not read so far."""
     word = Word()

@@ -16,6 +16,8 @@ from penstock.shell.stores.memory import MemoryStore
 from penstock.shell.stores.redis.link import LISTEN_SECONDS, MOST_WORDS, RETRY_SECONDS, Link, place
 
 _PAGE = 256
+# The cursor before the first entry.
+_NOTHING = "0-0"
 Fields = Mapping[bytes, bytes]
 
 
@@ -33,7 +35,7 @@ class Mirror(StreamLog):
     def __init__(self, info: StreamInfo, owner: LogOwner, replica: str) -> None:
         super().__init__(info, owner)
         self.replica = replica
-        self.cursor = "0-0"
+        self.cursor = _NOTHING
         self.is_over_there = False
         self.idle_since = asyncio.get_running_loop().time()
 
@@ -96,6 +98,8 @@ class Mirrors:
             return None
         mirror = Mirror(from_meta(stream_id, meta), self._local, meta["replica"])
         await catch_up(self._link, mirror)
+        if mirror.cursor == _NOTHING:
+            return None  # a log begins with its stream, so this one is gone
         if (log := await self._local.find(stream_id)) is not None:
             return log  # somebody else was faster
         self._local.adopt(mirror)
@@ -113,7 +117,7 @@ class Mirrors:
     async def watch(self) -> None:
         """Tells the others what is still read here, and forgets what they have given up."""
         for stream_id, mirror in list(self._mirrors.items()):
-            if not await self._link.redis.exists(self._link.name(stream_id, "meta")):
+            if await self._link.redis.exists(*(self._link.name(stream_id, part) for part in ("meta", "log"))) < 2:
                 del self._mirrors[stream_id]
                 self._local.drop(stream_id)
                 mirror.break_off()
