@@ -25,7 +25,7 @@ from support.sockets import until
 from support.upstreams import engine_app, saying, silence
 
 # Read while importing, not in the loop. The recording lasts a third of a second.
-_HELLO = load_recordings()[0]
+_HELLO = next(recording for recording in load_recordings() if recording.name == "hello")
 _SECONDS = 5.0
 _CLIENTS = 12
 
