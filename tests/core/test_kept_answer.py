@@ -8,7 +8,15 @@ import pytest
 from penstock.core.commands import Ending, KeepAnswer
 from penstock.core.events import EngineDone, EngineOpened, EngineUsage, Event, Text
 from penstock.core.kept_answer import KeptAnswer
-from penstock.core.signals import AnswerTold, Cancelled, EngineAnswered, EngineChosen, EngineClosed, EngineSpoke
+from penstock.core.signals import (
+    AnswerTold,
+    Cancelled,
+    ClientBacklog,
+    EngineAnswered,
+    EngineChosen,
+    EngineClosed,
+    EngineSpoke,
+)
 from support import chunks
 from support.chunks import DONE, answer_of, content, final_usage, finish, role, whole
 from support.golden import read_recordings
@@ -138,3 +146,21 @@ def test_a_whole_answer_that_our_stop_string_cut_is_kept_whole() -> None:
     assert answer is not None
     assert told_again(answer).blocks() == ["text: a.b"]
     assert told_again(answer, ask(penstock={"stop": ["."]})).blocks() == ["text: a"]
+
+
+@pytest.mark.parametrize("unsent", [0, 1 << 22], ids=["a quick client", "one that lags"])
+def test_what_a_client_that_lags_makes_of_an_answer_is_not_what_is_kept(unsent: int) -> None:
+    """Its deltas are merged, with their logprobs; neither the first telling nor a later one changes what is kept."""
+    logprobs = [{"content": [{"token": letter, "logprob": -0.5, "top_logprobs": []}]} for letter in "abc"]
+    pieces = [content(letter, logprobs=one) for letter, one in zip("abc", logprobs, strict=True)]
+    lags, reads = ClientBacklog(unsent, STARTED), ClientBacklog(0, STARTED)
+    body = ask(logprobs=True)
+    kept = keeping(body, [role(), pieces[0], lags, *pieces[1:], reads, finish(), DONE])
+    assert kept is not None
+    for _ in range(2):
+        events: list[Event] = [EngineOpened("chatcmpl-again", kept.model, 1, None, None), *kept.again(), EngineDone()]
+        told: list[Step] = [AnswerTold([event], STARTED) for event in events]
+        play(body, [EngineChosen("cache", None, STARTED), *told[:3], lags, *told[3:-1], reads, told[-1]])
+    texts = [event for event in kept.events if isinstance(event, Text)]
+    merged = [(text.text, [one["token"] for one in text.logprobs or []]) for text in texts]
+    assert merged == [("a", ["a"]), ("b", ["b"]), ("c", ["c"])]

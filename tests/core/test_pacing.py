@@ -18,7 +18,7 @@ from penstock.core.commands import (
     WakeAt,
 )
 from penstock.core.pacing import Measure, SlowClient
-from penstock.core.signals import ClientBacklog, ClientLeft, ClockTicked, EngineClosed, EngineSpoke
+from penstock.core.signals import ClientBacklog, ClientLeft, ClockTicked, EngineChosen, EngineClosed, EngineSpoke
 from support.chunks import DONE, content, final_usage, finish, frame, reasoning, role, spoken, tool
 from support.playbook import STARTED, Json, Outcome, ask, open_exchange, play
 
@@ -132,6 +132,13 @@ def test_the_engine_is_paused_at_half_the_buffer_and_read_again_when_there_is_ro
     assert outcome.count(PauseEngine) == 1
     outcome.commands += outcome.exchange.receive(ROOM)
     assert outcome.count(ResumeEngine) == 1
+
+
+def test_an_engine_that_speaks_after_another_is_paused_as_well() -> None:
+    """The client still lags when the model is asked again after its tools were run."""
+    another = EngineChosen("another", None, NOW)
+    outcome = lagging(content("x" * (BUFFER // 2)), another, content("y"))
+    assert outcome.count(PauseEngine) == 2
 
 
 def test_a_paused_engine_that_still_speaks_does_not_cut_the_client_off() -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from penstock.core.commands import AskModerator, Ending, NoteIntervention, WakeAt
+from penstock.core.citations import CitationPattern
+from penstock.core.commands import AbortEngine, AskModerator, Ending, NoteIntervention, WakeAt
 from penstock.core.signals import ClockTicked, EngineAnswered, EngineClosed, VerdictReached
 from penstock.core.verdicts import Watch, Watching
 from support.chunks import DONE, answer_of, content, final_usage, finish, reasoning, role, tool, whole
@@ -142,3 +143,33 @@ def test_a_whole_answer_waits_and_gets_the_same_verdict() -> None:
     assert passed.body["choices"][0]["finish_reason"] == "stop"
     stopped = play(None, [answered, verdict(1, "violation", "x")], watching=watching(), dialect="chat_whole")
     assert stopped.body["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_a_citation_that_keeps_its_text_waits_for_the_verdict_on_it() -> None:
+    pattern = CitationPattern("<cite>", "</cite>", r"(?P<title>[^<]*)", keeps=True)
+    text = "<cite>a bad source</cite> says so"
+
+    def after(*verdicts: Step) -> Outcome:
+        steps: list[Step] = [role(), content(text), finish(), DONE, *verdicts]
+        return play(None, steps, watching=watching(gates=True, window_chars=1000), citations=[pattern])
+
+    for outcome in (after(), after(verdict(1, "violation"))):
+        assert (outcome.all_of("annotation"), said(outcome)) == ([], "")
+    passed = after(verdict(1))
+    [note] = passed.all_of("annotation")
+    assert (note["data"]["title"], said(passed), asked(passed)) == ("a bad source", text, [text])
+
+
+def test_what_a_gate_holds_of_citations_counts() -> None:
+    pattern = CitationPattern("[", "]", r"(?P<source>\d)")
+    flood: list[Step] = [role(), *[content("[1]")] * 20]
+    outcome = play(None, flood, watching=watching(gates=True, fails_open=False), citations=[pattern])
+    assert outcome.record.ending is Ending.HALTED
+
+
+def test_our_own_stop_string_stops_the_engine_while_a_verdict_is_out() -> None:
+    steps: list[Step] = [role(), content("0123456789 STOP"), *[content("not wanted by anybody")] * 9]
+    outcome = play(ask(penstock={"stop": ["STOP"]}), [*steps, verdict(1), verdict(2)], watching=watching())
+    assert sum(isinstance(command, AbortEngine) for command in outcome.commands) >= 1
+    assert (outcome.record.ending, said(outcome)) == (Ending.COMPLETED, "0123456789 ")
+    assert outcome.record.usage.sizes["generated"] == len("0123456789 STOP")

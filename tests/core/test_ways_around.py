@@ -448,3 +448,22 @@ def test_our_own_stop_string_within_a_match(include: bool) -> None:
     assert said(play(body, answer_of(list(f"It is {NAME}.")), policy=policy(rule))) == (
         "It is [redacted]" if include else "It is [redacted] "
     )
+
+
+@pytest.mark.parametrize(
+    "body", [{"choices": [1]}, {"choices": [None]}, {"choices": ["index"]}, {"choices": [], "usage": "x"}]
+)
+def test_a_whole_answer_of_another_shape_is_the_engines_fault(body: Any) -> None:
+    spoke = EngineAnswered(json.dumps(body).encode(), NOW)
+    outcome = play(None, [spoke], policy=policy(CODENAME), dialect="chat_whole")
+    assert outcome.record.ending in (Ending.ENGINE_ERROR, Ending.ENGINE_GONE)
+
+
+@pytest.mark.parametrize("regex", ["TKT-[0-9]{6}", "TKT-[0-9]{6,8}"])
+def test_what_is_whole_in_the_callers_own_beginning_halts_nothing(regex: str) -> None:
+    rules = policy({"id": "ticket", "regex": regex, "action": "halt", "category": "internal"})
+    step = Moderation(rules, most_held=4096, begun="see TKT-123456 and TKT-654321")
+    step.feed([Text(0, Channel.ANSWER, ", then", 1)])
+    assert step.halted is None
+    step.feed([Text(0, Channel.ANSWER, " TKT-111111 ", 1)])
+    assert step.halted is not None

@@ -120,7 +120,6 @@ class Exchange:
         self._is_running_tools = False
         self._is_policed = setting.policy is not None or setting.watching is not None
         self._awaits_verdicts = False  # the engine has said all, and a finish waits for its verdicts
-        self._engine_is_done = False
         self._asks_at: float | None = None
         self._timeline = Timeline() if request.audit_timeline else None
         self._keeper = AnswerKeeper(setting.keep_bytes) if setting.keep_bytes else None
@@ -156,7 +155,8 @@ class Exchange:
 
     def receive(self, signal: Signal) -> list[Command]:
         """What to do about a signal, in order. Never raises on anything that came from outside."""
-        is_deaf = self._gave_up is not None or self._is_running_tools  # to an engine that was done with
+        # To an engine that was done with.
+        is_deaf = self._gave_up is not None or self._is_running_tools or self._awaits_verdicts
         if self._phase is _Phase.OVER or (is_deaf and isinstance(signal, _OF_AN_ENGINE)):
             return []
         match signal:
@@ -229,8 +229,8 @@ class Exchange:
             return commands + self._end(Ending.ENGINE_ERROR, failure, now)
         if done or (self._request.stop and self._journey.has_stopped):
             if self._journey.verdicts.is_waiting:
-                self._awaits_verdicts, self._engine_is_done = True, done
-                return commands
+                self._awaits_verdicts = True
+                return commands if done else [*commands, AbortEngine()]
             return commands + self._engine_has_said_all(now, is_done=done)
         if max(self._sent, self._journey.accounting.generated_bytes) >= self._setting.bounds.stream_bytes:
             return commands + self._fail(Ending.CAP_REACHED, self._byte_cap(), now)
@@ -261,7 +261,7 @@ class Exchange:
             return commands + self._end(Ending.HALTED, _told(halt), now)
         if self._awaits_verdicts and not self._journey.verdicts.is_waiting:
             self._awaits_verdicts = False
-            return commands + self._engine_has_said_all(now, is_done=self._engine_is_done)
+            return commands + self._engine_has_said_all(now, is_done=True)
         return commands
 
     def _engine_has_said_all(self, now: float, *, is_done: bool) -> list[Command]:
@@ -399,8 +399,6 @@ class Exchange:
 
     def _engine_closed(self, signal: EngineClosed) -> list[Command]:
         items, _, _ = self._sort((self._tagged or self._reader).close())
-        if self._awaits_verdicts:
-            return []  # it had said all
         commands = self._send(self._journey.travel(items, signal.now), signal.now)
         if self._is_policed:
             commands = self._interventions() + commands + self._ask(signal.now)
@@ -408,7 +406,7 @@ class Exchange:
                 return commands + self._end(Ending.HALTED, _told(halt), signal.now)
         problem = signal.problem
         if problem is None and self._journey.verdicts.is_waiting:
-            self._awaits_verdicts, self._engine_is_done = True, True
+            self._awaits_verdicts = True
             return commands
         if problem is None and self._journey.loop.is_due:
             return commands + self._run_tools()
@@ -480,6 +478,7 @@ class Exchange:
         self._upstream, self._tagged = chosen.upstream, chosen.tagged
         self._reader = ChatReader(self._setting.bounds.line_bytes, self._request.choices, self._request.engine_stops)
         self._begun, self._gave_up, self._last_heard = None, None, chosen.now
+        self._journey.pacing.is_paused = False  # it was another engine that waits
         self._told.forget_ext()
         if self._keeper is not None:
             self._keeper.begin_anew()

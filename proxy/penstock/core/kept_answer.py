@@ -24,6 +24,8 @@ from penstock.core.events import (
 
 # What an event takes beside its text, about: an object of Python and its places.
 _EVENT_BYTES = 200
+# Pieces that are joined at once: each is an object of some fifty bytes beside its few letters.
+_MOST_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class AnswerKeeper:
         if not isinstance(last, Text) or _kind_of(last) != _kind_of(event) or _has_extras(last) or _has_extras(event):
             self._add(replace(event, text="", tokens=0))
         self._tail.append(event.text)
+        if len(self._tail) == _MOST_PIECES:
+            self._tail = ["".join(self._tail)]
         self._size += utf8_size(event.text)
 
     def _add(self, event: Event) -> None:

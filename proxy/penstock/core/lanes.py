@@ -70,10 +70,17 @@ class Lane:
         """Whether the text is not the model's own spelling, which was counted elsewhere: JSON made of its XML."""
 
     def begin_after(self, text: str) -> None:
-        view = view_of(text, json=self._is_json, whole=False)
-        scan = self._scanner.scan(view.text, first=0, whole=False) if view.text else None
+        """A match that is whole in `text` is its author's own; one that only begins there is looked for."""
+        view, scan = self._look_at_begun(text)
+        while scan is not None and scan.halt is not None:
+            text = text[view.end(scan.halt.end) :]
+            view, scan = self._look_at_begun(text)
         self._window, self._base = text, -len(text)
         self._forget(view.start(len(view.text) - scan.kept) if scan and scan.kept else view.read, view)
+
+    def _look_at_begun(self, text: str) -> tuple[View, Scan | None]:
+        view = view_of(text, json=self._is_json, whole=False)
+        return view, self._scanner.scan(view.text, first=0, whole=False) if view.text else None
 
     @property
     def is_holding(self) -> bool:

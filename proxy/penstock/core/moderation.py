@@ -46,6 +46,7 @@ _NAME_SHOWN = "redacted"
 _HIDDEN_ERROR = "the engine reported an error, in words that moderation withholds"
 # Values of unknown fields that were found to be clean are remembered, since engines repeat them with every chunk.
 _MOST_CLEAN = 64
+_MOST_CLEAN_CHARS = 1024
 _KEPT_OF_A_CHOICE = ("index", "message", "finish_reason", "stop_reason", "logprobs")
 _KEPT_OF_A_MESSAGE = ("role", "content", "reasoning", "reasoning_content", "refusal")
 
@@ -125,10 +126,13 @@ class Moderation:
         if self._policy is None or not isinstance(whole.get("choices"), list):
             return whole
         own = ("choices", "usage")
-        unknown = {name: value for name, value in whole.items() if name in own or not self._has_match(name, value)}
-        whole = {**unknown, "usage": _without_text(whole["usage"])} if whole.get("usage") else unknown
+        told = {name: value for name, value in whole.items() if name in own or not self._has_match(name, value)}
+        if isinstance(usage := told.pop("usage", None), dict):
+            told["usage"] = _without_text(usage)
         choices = []
         for choice in whole["choices"]:
+            if not isinstance(choice, dict):
+                continue
             kept = {name: choice[name] for name in _KEPT_OF_A_CHOICE if name in choice}
             message = choice.get("message")
             if isinstance(message, dict):
@@ -136,7 +140,7 @@ class Moderation:
             if kept.get("logprobs") is not None:
                 kept["logprobs"] = None
             choices.append(kept)
-        return {**whole, "choices": choices}
+        return {**told, "choices": choices}
 
     # -- by kind of event --------------------------------------------------------------------------
 
@@ -259,7 +263,7 @@ class Moderation:
             return False
         if self._matches(key):
             return True
-        if len(self._clean) < _MOST_CLEAN:
+        if len(self._clean) < _MOST_CLEAN and len(key) <= _MOST_CLEAN_CHARS:
             self._clean.add(key)
         return False
 

@@ -200,10 +200,11 @@ class _Held:
         self._pieces.append(item.text)
         first.tokens += item.tokens
         if isinstance(first, Text) and isinstance(item, Text):
+            # New lists: those that came are somebody else's too, where an answer is kept.
             if first.logprobs is not None and item.logprobs is not None:
-                first.logprobs.extend(item.logprobs)
+                first.logprobs = first.logprobs + item.logprobs
             if first.token_ids is not None and item.token_ids is not None:
-                first.token_ids.extend(item.token_ids)
+                first.token_ids = first.token_ids + item.token_ids
 
     def whole(self) -> Event:
         self.is_out = True

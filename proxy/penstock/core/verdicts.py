@@ -178,8 +178,8 @@ class Verdicts:
                 self._words(item, item.text, "reasoning" if is_thought else "answer", now, out)
             case ToolArguments():
                 self._words(item, item.text, "tools", now, out)
-            case Annotation() if item.inline and not item.length:  # the marker was taken out of the text
-                self._words(item, str(item.data["marker"]), "answer", now, out)
+            case Annotation() if item.inline:  # where it has a length, its words stand in the text behind it
+                self._words(item, "" if item.length else str(item.data["marker"]), "answer", now, out)
             case Finished():
                 self._ask_all(item.choice)
                 self._put(item, None, out)
@@ -301,7 +301,7 @@ class Verdicts:
 
     @staticmethod
     def _size(queue: Iterable[tuple[Event, _Batch | None]]) -> int:
-        return sum(len(item.text) for item, _ in queue if isinstance(item, Text | ToolArguments))
+        return sum(_length(item) for item, _ in queue)
 
     def _stop(self, problem: PolicyError, out: list[Event]) -> None:
         self.halted = problem
@@ -323,3 +323,14 @@ class Verdicts:
                 out.append(item)
         elif isinstance(item, EngineUsage | Withheld) or (isinstance(item, Moderated) and item.action == "halt"):
             out.append(item)
+
+
+def _length(item: Event) -> int:
+    """Characters that an event keeps from the client while it is held."""
+    match item:
+        case Text() | ToolArguments():
+            return len(item.text)
+        case Annotation():
+            return len(str(item.data.get("marker", "")))
+        case _:
+            return 0
