@@ -1,0 +1,136 @@
+"""A store that stops in the middle of something, or hears what it does not expect, at a real Redis."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from penstock.core.dialects import Form
+from penstock.settings import StoreSettings
+from penstock.shell.stores.log import NoteFate, StreamInfo
+from penstock.shell.stores.redis.carried import RedisLog
+from penstock.shell.stores.redis.link import stopped
+from penstock.shell.stores.redis.store import RedisStore
+from support.redis_server import RedisServer, redis_server
+from support.sockets import until
+
+
+class Heard:
+    """What a store said to its sidecar."""
+
+    def __init__(self) -> None:
+        self.words: list[tuple[str, str]] = []
+        self.lost: list[str] = []
+
+    def word(self, word: str, stream_id: str, _seconds: float) -> None:
+        self.words.append((word, stream_id))
+
+    def note(self, _stream_id: str, _principal: str, _note: bytes) -> NoteFate:
+        return "no_such_stream"
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    async with redis_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(redis: RedisServer) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis.url) as client:
+        yield client
+
+
+def started(redis: RedisServer, **settings: Any) -> tuple[RedisStore, Heard]:
+    store, heard = RedisStore(StoreSettings.model_validate({"url": redis.url, **settings}), 60, 5), Heard()
+    store.start(heard.word, heard.note, lambda info, _record: heard.lost.append(info.stream_id))
+    return store, heard
+
+
+async def created(store: RedisStore, stream_id: str) -> RedisLog:
+    log = await store.create(StreamInfo(stream_id, "somebody", Form.SSE, "NativeSse", "text/event-stream", 0), None)
+    assert isinstance(log, RedisLog)
+    return log
+
+
+async def begun(store: RedisStore, stream_id: str) -> RedisLog:
+    """A stream that is carried there, and has said one event."""
+    log = await created(store, stream_id)
+    log.open()
+    say(log, 1)
+    await log.settled()
+    return log
+
+
+def say(log: RedisLog, number: int) -> None:
+    log.append_later(b"id: %d\ndata: {}\n\n" % number, number, send=False)
+
+
+# --- It stops ---------------------------------------------------------------------------------------------
+
+
+async def closed_in_the_middle_of_the_last_write(store: RedisStore, log: RedisLog, redis: RedisServer) -> None:
+    redis.pause()
+    log.end()
+    await until(lambda: log._draft is None)
+    closing = asyncio.create_task(store.close())
+    await until(store.tasks["write"].done)
+    redis.go_on()
+    await closing
+
+
+async def test_a_stream_is_billed_whose_last_write_is_under_way_when_the_store_closes(
+    redis: RedisServer, client: Redis
+) -> None:
+    store, _ = started(redis)
+    log, decisions = await begun(store, "st_1"), list[bool]()
+    log.when_decided(decisions.append)
+    await closed_in_the_middle_of_the_last_write(store, log, redis)
+    assert decisions == [False]
+    entries: Any = await client.xrange("penstock:st_1:log")
+    assert [b"e" in fields for _, fields in entries] == [False, False, True]
+    assert 0 < await client.ttl("penstock:st_1:log") <= store._link.seconds_kept(True)
+
+
+async def test_a_stream_is_billed_whatever_hinders_the_store_in_closing(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = started(redis)
+    log, decisions = await begun(store, "st_1"), list[bool]()
+    log.when_decided(decisions.append)
+
+    async def fails() -> None:
+        raise IndexError("the log is gone")
+
+    monkeypatch.setattr(store._carried, "catch_redis_up", fails)
+    await closed_in_the_middle_of_the_last_write(store, log, redis)
+    assert decisions == [False]
+
+
+@pytest.mark.parametrize(("found", "bills"), [("it is the heir", 1), ("another is", 0), ("Redis is away", 1)])
+async def test_an_heir_that_stops_before_it_hears_that_it_is_one_bills_the_stream(
+    redis: RedisServer, client: Redis, found: str, bills: int
+) -> None:
+    dead, _ = started(redis, lease_seconds=0.5)
+    await created(dead, "st_1")
+    await stopped(dead.tasks.values())
+    await dead._link.close()
+    heir, heard = started(redis, lease_seconds=0.5)
+    end_as_heir, has_ended = heir._heirs._end_as_heir, asyncio.Event()
+
+    async def unheard(**said: Any) -> None:
+        assert await end_as_heir(**said) == 1
+        has_ended.set()
+        await asyncio.get_running_loop().create_future()
+
+    heir._heirs._end_as_heir = unheard  # type: ignore[assignment]
+    await until(has_ended.is_set)
+    if found == "another is":
+        await client.set("penstock:st_1:heir", "another")
+    if found == "Redis is away":
+        await redis.kill()
+    await heir.close()
+    assert heard.lost == ["st_1"] * bills
