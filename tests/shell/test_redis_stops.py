@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from penstock.core.dialects import Form
 from penstock.settings import StoreSettings
@@ -48,6 +50,15 @@ def started(redis: RedisServer, **settings: Any) -> tuple[RedisStore, Heard]:
     store, heard = RedisStore(StoreSettings.model_validate({"url": redis.url, **settings}), 60, 5), Heard()
     store.start(heard.word, heard.note, lambda info, _record: heard.lost.append(info.stream_id))
     return store, heard
+
+
+@asynccontextmanager
+async def running(redis: RedisServer, **settings: Any) -> AsyncIterator[tuple[RedisStore, Heard]]:
+    store, heard = started(redis, **settings)
+    try:
+        yield store, heard
+    finally:
+        await store.close()
 
 
 async def created(store: RedisStore, stream_id: str) -> RedisLog:
@@ -134,3 +145,26 @@ async def test_an_heir_that_stops_before_it_hears_that_it_is_one_bills_the_strea
         await redis.kill()
     await heir.close()
     assert heard.lost == ["st_1"] * bills
+
+
+# --- It hears what it does not expect ---------------------------------------------------------------------
+
+
+async def test_a_stream_that_cannot_be_ended_hinders_no_other_of_its_replica(redis: RedisServer) -> None:
+    dead, _ = started(redis, lease_seconds=0.5)
+    for stream_id in ("st_1", "st_2"):
+        await created(dead, stream_id)
+    await stopped(dead.tasks.values())
+    await dead._link.close()
+    async with running(redis, lease_seconds=0.5) as (heir, heard):
+        end_lost, refused = heir._heirs._end_lost, list[str]()
+
+        async def ends_all_but_the_first(stream_id: str, replica: str) -> None:
+            if stream_id in (refused or [stream_id]):
+                refused.append(stream_id)
+                raise ResponseError("WRONGTYPE")
+            await end_lost(stream_id, replica)
+
+        heir._heirs._end_lost = ends_all_but_the_first  # type: ignore[method-assign]
+        await until(lambda: heard.lost != [])
+        assert {*heard.lost, refused[0]} == {"st_1", "st_2"}

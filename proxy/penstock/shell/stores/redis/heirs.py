@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from penstock.core.commands import RecordUsage
 from penstock.core.lost import Closing, close_lost, refusal_of, replica_lost
@@ -64,7 +66,12 @@ class Heirs:
         left: Any = await self._link.redis.smembers(self._link.at(replica, "open"))
         _log.warning("replica %s is gone and leaves %d streams", replica, len(left))
         for stream_id in left:
-            await self._end_lost(stream_id.decode(), replica)
+            try:
+                await self._end_lost(stream_id.decode(), replica)
+            except (RedisConnectionError, RedisTimeout, OSError):
+                raise
+            except Exception:
+                _log.exception("stream %s, which replica %s left, cannot be ended", stream_id.decode(), replica)
         # It may live after all, and carry what it was faster with.
         if not await self._link.redis.exists(self._link.at(replica), self._link.at(replica, "open")):
             pipe = self._link.redis.pipeline(transaction=False)
