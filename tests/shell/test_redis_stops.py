@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from penstock.core.dialects import Form
 from penstock.settings import StoreSettings
 from penstock.shell.stores.log import NoteFate, StreamInfo
+from penstock.shell.stores.redis import mirrors
 from penstock.shell.stores.redis.carried import RedisLog
 from penstock.shell.stores.redis.link import stopped
 from penstock.shell.stores.redis.store import RedisStore
@@ -148,6 +150,49 @@ async def test_an_heir_that_stops_before_it_hears_that_it_is_one_bills_the_strea
 
 
 # --- It hears what it does not expect ---------------------------------------------------------------------
+
+
+async def test_a_store_that_cannot_listen_does_not_try_without_pause(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis answers a ping, and not this: for example since it takes no further connections."""
+    monkeypatch.setattr(mirrors, "RETRY_SECONDS", 0.2)
+    async with running(redis) as (store, _):
+        tries = list[float]()
+
+        async def refuses(*_: Any, **__: Any) -> None:
+            tries.append(asyncio.get_running_loop().time())
+            raise RedisConnectionError("max number of clients reached")
+
+        monkeypatch.setattr(store._link.ear, "xread", refuses)
+        await until(lambda: len(tries) >= 4)
+        assert min(tries[2] - tries[1], tries[3] - tries[2]) > 0.19
+
+
+async def test_a_word_that_is_not_understood_hinders_no_other(redis: RedisServer, client: Redis) -> None:
+    async with running(redis) as (store, heard):
+        control = f"penstock:at:{store.replica}:control"
+        async with client.pipeline(transaction=True) as pipe:
+            pipe.xadd(control, {"word": "annotate"})
+            pipe.xadd(control, {"word": "cancel", "id": "st_1", "seconds": 1})
+            await pipe.execute()
+        await until(lambda: heard.words == [("cancel", "st_1")])
+        await client.xadd(control, {"word": "cancel", "id": "st_2", "seconds": 1})
+        await until(lambda: heard.words == [("cancel", "st_1"), ("cancel", "st_2")])
+
+
+async def test_readers_are_cut_off_at_an_entry_that_is_not_understood_and_others_are_not(
+    redis: RedisServer, client: Redis
+) -> None:
+    async with running(redis) as (store, _), running(redis) as (other, _):
+        logs = [await begun(store, "st_1"), await begun(store, "st_2")]
+        broken, sound = [await other.find(log.info.stream_id) for log in logs]
+        assert broken is not None
+        assert sound is not None
+        await client.xadd("penstock:st_1:log", {"d": "no number"}, id="2-0")
+        await until(lambda: broken.earliest > broken.last + 1)
+        say(logs[1], 2)
+        await until(lambda: sound.last == 2)
 
 
 async def test_a_stream_that_cannot_be_ended_hinders_no_other_of_its_replica(redis: RedisServer) -> None:
