@@ -213,3 +213,32 @@ async def test_a_stream_that_cannot_be_ended_hinders_no_other_of_its_replica(red
         heir._heirs._end_lost = ends_all_but_the_first  # type: ignore[method-assign]
         await until(lambda: heard.lost != [])
         assert {*heard.lost, refused[0]} == {"st_1", "st_2"}
+
+
+# --- It keeps what is needed ------------------------------------------------------------------------------
+
+
+async def test_words_for_a_replica_that_has_left_go_with_time(redis: RedisServer, client: Redis) -> None:
+    async with running(redis) as (store, _):
+        left, _ = started(redis)
+        log = await begun(left, "st_1")
+        log.end()
+        await log.settled()
+        await left.close()
+        await store.tell("st_1", "somebody", "cancel")
+        assert await client.ttl(f"penstock:at:{left.replica}:control") > 0
+
+        note: dict[Any, Any] = {
+            "word": "annotate",
+            "id": "st_1",
+            "principal": "somebody",
+            "note": "{}",
+            "from": "gone",
+            "number": 1,
+        }
+        await client.xadd(f"penstock:at:{store.replica}:control", note)
+
+        async def answer_is_kept_for_a_while() -> bool:
+            return bool(await client.ttl("penstock:at:gone:control") > 0)
+
+        await until(answer_is_kept_for_a_while)

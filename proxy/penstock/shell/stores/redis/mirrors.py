@@ -14,7 +14,7 @@ from penstock.core.dialects import Form
 from penstock.core.errors import Overloaded
 from penstock.shell.stores.log import LogOwner, NoteFate, OnNote, OnWord, StreamInfo, StreamLog, Whole
 from penstock.shell.stores.memory import MemoryStore
-from penstock.shell.stores.redis.link import LISTEN_SECONDS, MOST_WORDS, RETRY_SECONDS, Link, place
+from penstock.shell.stores.redis.link import LISTEN_SECONDS, RETRY_SECONDS, Link, place
 
 _log = logging.getLogger("penstock")
 
@@ -234,7 +234,7 @@ class Mirrors:
         """Answers, and lets go of what was heard, since notes are long."""
         pipe = self._link.redis.pipeline(transaction=False)
         for replica, answer in answers:
-            pipe.xadd(self._link.at(replica, "control"), answer, maxlen=MOST_WORDS, approximate=True)
+            self._link.add_word(pipe, replica, answer)
         pipe.xtrim(self._link.at(self._link.replica, "control"), minid=heard, approximate=False)
         try:
             await pipe.execute()
