@@ -1,7 +1,7 @@
 """A store that stops in the middle of something, or hears what it does not expect, at a real Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from penstock.shell.stores.log import NoteFate, StreamInfo
 from penstock.shell.stores.redis import mirrors
 from penstock.shell.stores.redis.carried import RedisLog
 from penstock.shell.stores.redis.link import stopped
+from penstock.shell.stores.redis.mirrors import Mirror
 from penstock.shell.stores.redis.store import RedisStore
 from support.redis_server import RedisServer, redis_server
 from support.sockets import until
@@ -242,3 +243,29 @@ async def test_words_for_a_replica_that_has_left_go_with_time(redis: RedisServer
             return bool(await client.ttl("penstock:at:gone:control") > 0)
 
         await until(answer_is_kept_for_a_while)
+
+
+async def test_a_stream_that_nobody_read_for_long_is_not_forgotten_while_somebody_asks_for_it(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(redis) as (store, _), running(redis) as (other, _):
+        log = await begun(store, "st_1")
+        mirror = await other.find("st_1")
+        assert isinstance(mirror, Mirror)
+        mirror.idle_since -= 1000
+        monkeypatch.setattr(mirrors, "catch_up", _forgetting(other, mirrors.catch_up))
+        assert await other.find("st_1") is mirror
+        say(log, 2)  # this may still be heard by who has listened since before
+        await until(lambda: mirror.last == 2)
+        say(log, 3)
+        await until(lambda: mirror.last == 3)
+
+
+def _forgetting(store: RedisStore, catch_up: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """The store looks for what nobody reads in the middle of it."""
+
+    async def forgets(*args: Any) -> None:
+        store._mirrors._forget()
+        await catch_up(*args)
+
+    return forgets

@@ -88,6 +88,7 @@ class Mirrors:
             if mirror is None:
                 return await self._mirror(stream_id)
             # Whoever asks may have heard more from the stream's own replica than was heard of here.
+            mirror.idle_since = self._link.now()  # so that it is not forgotten meanwhile
             await catch_up(self._link, mirror)
             return mirror
         except (RedisError, OSError) as error:
