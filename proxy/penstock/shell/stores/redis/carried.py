@@ -232,15 +232,21 @@ class Carried:
     async def _share(self, writes: list[_Write]) -> None:
         """Until Redis has all of them, or has said why not, or does not answer at all."""
         problem: Exception = RedisError("it refuses what is written")
-        for _ in range(_TRIES):
-            writes = await self._put(writes)
-            if not writes:
-                return
-            try:
-                writes = await self._explained(writes)
-            except (RedisError, OSError) as error:
-                problem = error
-                break
+        try:
+            for _ in range(_TRIES):
+                writes = await self._put(writes)
+                if not writes:
+                    return
+                try:
+                    writes = await self._explained(writes)
+                except (RedisError, OSError) as error:
+                    problem = error
+                    break
+        except asyncio.CancelledError:
+            # This replica stops and does not hear what became of them: Redis is caught up with before it goes.
+            for log, draft in writes:
+                self._keep(log, draft)
+            raise
         if writes:
             self._link.is_down(problem)
         for log, draft in writes:
@@ -307,11 +313,15 @@ class Carried:
 
     def _lose(self, log: RedisLog, draft: _Draft) -> None:
         """Redis does not have it: this log goes on in memory, or its stream ends, as the setting says."""
+        self._keep(log, draft)
+        if not log.is_over:
+            log.lost(self._link.settings.on_failure == "end")
+
+    def _keep(self, log: RedisLog, draft: _Draft) -> None:
+        """Until Redis can be told, it is said here only."""
         log.is_replicated = False
         self._behind[log.info.stream_id] = log
         log.commit(draft)
-        if not log.is_over:
-            log.lost(self._link.settings.on_failure == "end")
 
     # -- after Redis was away ----------------------------------------------------------------------
 

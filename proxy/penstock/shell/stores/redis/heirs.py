@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from penstock.core.commands import RecordUsage
 from penstock.core.lost import Closing, close_lost, refusal_of, replica_lost
@@ -35,11 +37,24 @@ class Heirs:
         """Looks for replicas that do not live; who did not say so for long itself may have slept with all of them."""
         if self._link.slept:
             return
-        for stream_id in list(self._inherited):
-            await self._bill_inherited(stream_id)
+        await self.bill_inherited()
         replicas: Any = await self._link.redis.smembers(self._link.name("replicas"))
         for replica in replicas if self._link.may_judge else ():
             await self._look_after(replica.decode())
+
+    async def bill_inherited(self) -> None:
+        """What was ended by this heir, which did not hear of it, or not at all."""
+        for stream_id in list(self._inherited):
+            heir = await self._link.redis.get(self._link.name(stream_id, "heir"))
+            info, record = self._inherited.pop(stream_id)
+            if heir == self._link.replica.encode():
+                self._on_lost(info, record)
+
+    def settle_for_good(self) -> None:
+        """This replica goes, and Redis does not say who ended the stream: it is billed, rather twice than never."""
+        while self._inherited:
+            _, (info, record) = self._inherited.popitem()
+            self._on_lost(info, record)
 
     async def _look_after(self, replica: str) -> None:
         if replica == self._link.replica or await self._link.redis.exists(self._link.at(replica)):
@@ -51,7 +66,12 @@ class Heirs:
         left: Any = await self._link.redis.smembers(self._link.at(replica, "open"))
         _log.warning("replica %s is gone and leaves %d streams", replica, len(left))
         for stream_id in left:
-            await self._end_lost(stream_id.decode(), replica)
+            try:
+                await self._end_lost(stream_id.decode(), replica)
+            except (RedisConnectionError, RedisTimeout, OSError):
+                raise
+            except Exception:
+                _log.exception("stream %s, which replica %s left, cannot be ended", stream_id.decode(), replica)
         # It may live after all, and carry what it was faster with.
         if not await self._link.redis.exists(self._link.at(replica), self._link.at(replica, "open")):
             pipe = self._link.redis.pipeline(transaction=False)
@@ -98,10 +118,3 @@ class Heirs:
         ts = int(time.time() * 1000)
         closing = await asyncio.to_thread(close_lost, native, info.form, info.dialect, stream_id, found.last, ts)
         return info, found.last, closing
-
-    async def _bill_inherited(self, stream_id: str) -> None:
-        """It was ended by this heir, which did not hear of it, or not at all."""
-        heir = await self._link.redis.get(self._link.name(stream_id, "heir"))
-        info, record = self._inherited.pop(stream_id)
-        if heir == self._link.replica.encode():
-            self._on_lost(info, record)

@@ -93,7 +93,15 @@ class Link:
 
     async def word(self, replica: str, said: dict[Any, Any]) -> None:
         """Puts a word into the control stream of a replica."""
-        await self.redis.xadd(self.at(replica, "control"), said, maxlen=MOST_WORDS, approximate=True)
+        pipe = self.redis.pipeline(transaction=False)
+        self.add_word(pipe, replica, said)
+        await pipe.execute()
+
+    def add_word(self, pipe: Any, replica: str, said: dict[Any, Any]) -> None:
+        """One that has left does not listen any more: what is said to it goes with time."""
+        control = self.at(replica, "control")
+        pipe.xadd(control, said, maxlen=MOST_WORDS, approximate=True)
+        pipe.expire(control, self.lifetime)
 
     async def meta(self, stream_id: str) -> dict[str, Any] | None:
         """Who carries a stream and what it is."""

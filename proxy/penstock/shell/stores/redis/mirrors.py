@@ -1,6 +1,7 @@
 """The streams that other replicas carry, as far as somebody reads them here, and the words between replicas."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -13,7 +14,9 @@ from penstock.core.dialects import Form
 from penstock.core.errors import Overloaded
 from penstock.shell.stores.log import LogOwner, NoteFate, OnNote, OnWord, StreamInfo, StreamLog, Whole
 from penstock.shell.stores.memory import MemoryStore
-from penstock.shell.stores.redis.link import LISTEN_SECONDS, MOST_WORDS, RETRY_SECONDS, Link, place
+from penstock.shell.stores.redis.link import LISTEN_SECONDS, RETRY_SECONDS, Link, place
+
+_log = logging.getLogger("penstock")
 
 _PAGE = 256
 # The cursor before the first entry.
@@ -85,6 +88,7 @@ class Mirrors:
             if mirror is None:
                 return await self._mirror(stream_id)
             # Whoever asks may have heard more from the stream's own replica than was heard of here.
+            mirror.idle_since = self._link.now()  # so that it is not forgotten meanwhile
             await catch_up(self._link, mirror)
             return mirror
         except (RedisError, OSError) as error:
@@ -118,11 +122,14 @@ class Mirrors:
         """Tells the others what is still read here, and forgets what they have given up."""
         for stream_id, mirror in list(self._mirrors.items()):
             if await self._link.redis.exists(*(self._link.name(stream_id, part) for part in ("meta", "log"))) < 2:
-                del self._mirrors[stream_id]
-                self._local.drop(stream_id)
-                mirror.break_off()
+                self._drop(mirror)
             elif mirror.readers:
                 await self.tell(stream_id, mirror.info.principal, "watch")
+
+    def _drop(self, mirror: Mirror) -> None:
+        self._mirrors.pop(mirror.info.stream_id, None)
+        self._local.drop(mirror.info.stream_id)
+        mirror.break_off()
 
     def _forget(self) -> None:
         for stream_id, mirror in list(self._mirrors.items()):
@@ -174,6 +181,7 @@ class Mirrors:
     async def listen(self) -> None:
         """One reader for all streams of other replicas, and for what they ask of this one."""
         control, heard = self._link.at(self._link.replica, "control"), "0"
+        has_failed = False
         while True:
             names = {self._link.name(stream_id, "log"): mirror for stream_id, mirror in self._mirrors.items()}
             cursors: dict[Any, Any] = {control: heard, **{name: mirror.cursor for name, mirror in names.items()}}
@@ -181,36 +189,53 @@ class Mirrors:
                 answer: Any = await self._link.ear.xread(cursors, count=_PAGE, block=int(LISTEN_SECONDS * 1000))
             except (RedisError, OSError) as error:
                 await self._link.doubt(error)
-                await asyncio.sleep(0 if self._link.is_reachable else RETRY_SECONDS)
+                # At once where it may only be this process that slept.
+                await asyncio.sleep(RETRY_SECONDS if has_failed or not self._link.is_reachable else 0)
+                has_failed = True
                 continue
+            has_failed = False
             for name, entries in answer or ():
                 if name.decode() == control:
                     heard = entries[-1][0].decode()
                     await self._reply(heard, list(self._obey(fields for _, fields in entries)))
                 elif (mirror := names.get(name.decode())) is not None:
-                    for entry_id, fields in entries:
-                        mirror.take(entry_id, fields)
+                    self._follow(mirror, entries)
             self._forget()
+
+    def _follow(self, mirror: Mirror, entries: list[tuple[bytes, Fields]]) -> None:
+        """Takes what its replica has written; its readers are cut off at what is not understood."""
+        try:
+            for entry_id, fields in entries:
+                mirror.take(entry_id, fields)
+        except Exception:
+            _log.exception("stream %s cannot be followed", mirror.info.stream_id)
+            self._drop(mirror)
 
     def _obey(self, words: Iterator[Fields]) -> Iterator[tuple[str, dict[Any, Any]]]:
         """Does what others ask; gives the answers, each with the replica that waits for it."""
         for fields in words:
-            match word := fields[b"word"].decode():
-                case "cancel" | "watch":
-                    self._on_word(word, fields[b"id"].decode(), float(fields[b"seconds"]))
-                case "annotate":
-                    fate = self._on_note(fields[b"id"].decode(), fields[b"principal"].decode(), fields[b"note"])
-                    yield fields[b"from"].decode(), {"word": "answer", "number": fields[b"number"], "fate": fate}
-                case "answer":
-                    answer = self._asked.get(int(fields[b"number"]))
-                    if answer is not None and not answer.done():
-                        answer.set_result(cast(NoteFate, fields[b"fate"].decode()))
+            try:
+                yield from self._answers(fields)
+            except Exception:
+                _log.exception("a word of another replica failed")
+
+    def _answers(self, fields: Fields) -> Iterator[tuple[str, dict[Any, Any]]]:
+        match word := fields[b"word"].decode():
+            case "cancel" | "watch":
+                self._on_word(word, fields[b"id"].decode(), float(fields[b"seconds"]))
+            case "annotate":
+                fate = self._on_note(fields[b"id"].decode(), fields[b"principal"].decode(), fields[b"note"])
+                yield fields[b"from"].decode(), {"word": "answer", "number": fields[b"number"], "fate": fate}
+            case "answer":
+                answer = self._asked.get(int(fields[b"number"]))
+                if answer is not None and not answer.done():
+                    answer.set_result(cast(NoteFate, fields[b"fate"].decode()))
 
     async def _reply(self, heard: str, answers: list[tuple[str, dict[Any, Any]]]) -> None:
         """Answers, and lets go of what was heard, since notes are long."""
         pipe = self._link.redis.pipeline(transaction=False)
         for replica, answer in answers:
-            pipe.xadd(self._link.at(replica, "control"), answer, maxlen=MOST_WORDS, approximate=True)
+            self._link.add_word(pipe, replica, answer)
         pipe.xtrim(self._link.at(self._link.replica, "control"), minid=heard, approximate=False)
         try:
             await pipe.execute()

@@ -69,12 +69,17 @@ class RedisStore:
         try:
             await self._carried.flush()
             await self._carried.catch_redis_up()
+            await self._heirs.bill_inherited()
             await self._link.leave()
         except (RedisError, OSError):
             pass
-        self._carried.settle_for_good()
-        await self._link.close()
-        await self.local.close()
+        except Exception:
+            _log.exception("leaving the store failed")
+        finally:
+            self._carried.settle_for_good()
+            self._heirs.settle_for_good()
+            await self._link.close()
+            await self.local.close()
 
     async def _three_times_a_lease(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:
