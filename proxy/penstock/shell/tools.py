@@ -20,6 +20,7 @@ from penstock.core.errors import Problem
 from penstock.core.request import StreamRequest
 from penstock.core.signals import ToolReturned, ToolTried
 from penstock.core.wishes import ToolRun
+from penstock.shell.engine import read_up_to
 from penstock.shell.reach import GuardedResolver, OutOfReach, guarded_sockets
 from penstock.shell.sources import Ear, Source
 from penstock.tool_settings import Binding, Tools
@@ -134,7 +135,7 @@ class HttpTool:
             async with self._session.post(
                 url, data=run.arguments.encode(), headers=merged, allow_redirects=False
             ) as answer:
-                body = await _read(answer, self._most)
+                body = await read_up_to(answer, self._most + 1)  # by which `Toolbox` knows that it is too long
         except OutOfReach as error:
             raise ToolFailed(str(error), may_retry=False) from error
         except (aiohttp.ClientError, OSError) as error:
@@ -145,17 +146,6 @@ class HttpTool:
 
     async def close(self) -> None:
         await self._session.close()
-
-
-async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body, or a little more of it than may be; the rest is not read."""
-    pieces, size = [], 0
-    async for piece in answer.content.iter_any():
-        pieces.append(piece)
-        size += len(piece)
-        if size > most:
-            break
-    return b"".join(pieces)
 
 
 # --- MCP ------------------------------------------------------------------------------------------
