@@ -100,6 +100,8 @@ class Watch:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._structured: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._placed: list[tuple[Any, str, Any, Any]] = []
+        """Object, name, our method, and what stood there on the object itself."""
         self.is_on = False
 
     def sees(self, request: Any) -> None:
@@ -135,12 +137,24 @@ class Watch:
             accepted, value.accepted = value.accepted, None
             return accepted
 
-        scheduler._update_request_with_output = update_request
-        manager.accept_tokens = accept_tokens
+        self._place(scheduler, "_update_request_with_output", update_request)
+        self._place(manager, "accept_tokens", accept_tokens)
         self.is_on = True
 
+    def _place(self, owner: Any, name: str, ours: Any) -> None:
+        self._placed.append((owner, name, ours, owner.__dict__.get(name)))
+        setattr(owner, name, ours)
+
     def _leave(self) -> None:
-        del self._scheduler._update_request_with_output, self._scheduler.structured_output_manager.accept_tokens
+        """Takes out what is ours. Who has hooked the same since calls on through it: then both stay."""
+        if any(owner.__dict__.get(name) is not ours for owner, name, ours, _ in self._placed):
+            return
+        for owner, name, _, before in self._placed:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._placed.clear()
         self.is_on = False
 
 
@@ -404,6 +418,7 @@ class _Value:
             readings = self._read(request)
         except UnclearError:
             self._is_clear = False
+            self._readings = None  # which are large where they came to a bound
             return False
         whole = [reading for reading in readings if reading.is_whole]
         return bool(whole) and all(reading.can_only_add_white_space for reading in whole)

@@ -19,6 +19,9 @@ MOST_STEPS: Final = 10_000
 """At a time, four to twelve a character: as long, some 10 ms, may an engine step have to wait."""
 MOST_CHARACTERS: Final = 100_000
 """Of one text: each keeps a little memory."""
+MOST_WAITING: Final = 100_000
+"""Items kept of one text, some 250 bytes each, in all that waits for the end of a rule: two or three a character where
+rules call each other. The engine core holds them as long as the request runs."""
 
 
 class UnclearError(Exception):
@@ -220,6 +223,7 @@ class Reading:
         self._unread = ""
         self._callers: list[dict[int, list[_Item]]] = []
         """Of each place: who waits there for a rule that began there."""
+        self._waiting = 0
         self._items: set[_Item] = set()
         self._close([(machine.starts[0], 0)])
 
@@ -232,7 +236,7 @@ class Reading:
     def catch_up(self) -> bool:
         """Reads what has been fed, about `MOST_STEPS` at a time: whether that was all of it.
 
-        Raises `UnclearError` where a single character needs more than those.
+        Raises `UnclearError` where a single character needs more than those, and beyond `MOST_WAITING`.
         """
         steps, left = self._machine.steps, MOST_STEPS
         for number, letter in enumerate(self._unread):
@@ -268,6 +272,7 @@ class Reading:
             items += [(target, origin) for target in machine.jumps[state]]
             for rule, target in machine.calls[state]:
                 here.setdefault(rule, []).append((target, origin))
+                self._waiting += 1
                 items.append((machine.starts[rule], place))
                 if rule in nothing:
                     items.append((target, origin))
@@ -278,6 +283,8 @@ class Reading:
                     nothing.add(rule)
             if steps + len(items) > MOST_STEPS:
                 raise UnclearError(f"more than {MOST_STEPS} steps")
+            if self._waiting > MOST_WAITING:
+                raise UnclearError(f"more than {MOST_WAITING} items wait")
         self._items = found
         return steps
 

@@ -1,12 +1,17 @@
 """Where the grammar stop steps aside, told without vLLM: on another version, where it is off, where it is not named."""
 
+import gc
 import logging
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from penstock_vllm import grammar_stop, register
 from penstock_vllm.endpoint import PenstockRoutes
+from penstock_vllm.language import MOST_CHARACTERS, Machine, Reading
+from penstock_vllm.notations import regular_expression
 
 
 class Scheduler:
@@ -101,3 +106,86 @@ def test_it_can_be_left_out(
         register.register()
     assert [record.getMessage() for record in caplog.records][1:] == [f"penstock: grammar_stop is off: {problem}"]
     assert PenstockRoutes().name == "penstock"
+
+
+class Request:
+    def __init__(self, structured: object) -> None:
+        self.structured_output_request = structured
+
+
+def watched() -> tuple[Any, Any, grammar_stop.Watch]:
+    scheduler = Scheduler()
+    manager = Manager()
+    vars(scheduler)["structured_output_manager"] = manager
+    return scheduler, manager, grammar_stop.Watch(scheduler)
+
+
+def comes_and_goes(watch: grammar_stop.Watch) -> None:
+    """A structured request, and one of free text when that has gone."""
+    structured = Request(object())
+    watch.sees(structured)
+    assert watch.is_on
+    del structured
+    gc.collect()
+    watch.sees(Request(None))
+
+
+def test_what_stood_on_the_objects_before_stands_there_again() -> None:
+    def another(*_: Any) -> bool:
+        return True
+
+    scheduler, manager, watch = watched()
+    manager.accept_tokens = another
+    comes_and_goes(watch)
+    assert not watch.is_on
+    assert vars(manager) == {"accept_tokens": another}
+    assert vars(scheduler) == {"structured_output_manager": manager}
+
+
+def test_who_has_hooked_the_same_since_is_left_in_place() -> None:
+    scheduler, manager, watch = watched()
+    structured = Request(object())
+    watch.sees(structured)
+    ours = manager.accept_tokens
+
+    def around(*taken: Any) -> Any:
+        return ours(*taken)
+
+    manager.accept_tokens = around
+    del structured
+    comes_and_goes(watch)
+    # Both of ours stay: one without the other would advance a grammar twice.
+    assert vars(manager) == {"accept_tokens": around}
+    assert "_update_request_with_output" in vars(scheduler)
+    assert watch.is_on
+    manager.accept_tokens = ours
+    comes_and_goes(watch)
+    assert (vars(manager), watch.is_on) == ({}, False)
+
+
+def test_a_value_that_is_not_read_on_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: weakref.WeakSet[Reading] = weakref.WeakSet()
+
+    class Noted(Reading):
+        def __init__(self, machine: Machine) -> None:
+            super().__init__(machine)
+            made.add(self)
+
+    monkeypatch.setattr(grammar_stop, "Reading", Noted)
+    machine = Machine(regular_expression(r"a*\s*"))
+    ends: Any = SimpleNamespace(machine=lambda *_: machine, text=lambda ids: "a" * len(ids))
+    manager = SimpleNamespace(reasoner_cls=None)
+    key = (SimpleNamespace(name="REGEX"), "")
+    parameters = SimpleNamespace(extra_args=None, eos_token_id=0)
+    request = SimpleNamespace(
+        structured_output_request=SimpleNamespace(structured_output_key=key),
+        sampling_params=parameters,
+        output_token_ids=[1],
+    )
+    value = grammar_stop._Value(ends, manager, request)
+    assert not value._ends_in_white_space(request)
+    assert len(made) == 1
+    request.output_token_ids = [1] * (MOST_CHARACTERS + 1)
+    assert not value._ends_in_white_space(request)
+    gc.collect()
+    assert len(made) == 0

@@ -2,7 +2,16 @@
 
 import pytest
 
-from penstock_vllm.language import MOST_CHARACTERS, MOST_STATES, MOST_STEPS, Grammar, Machine, Reading, UnclearError
+from penstock_vllm.language import (
+    MOST_CHARACTERS,
+    MOST_STATES,
+    MOST_STEPS,
+    MOST_WAITING,
+    Grammar,
+    Machine,
+    Reading,
+    UnclearError,
+)
 from penstock_vllm.notations import grammar, regular_expression
 
 JSON_LIKE = r"""
@@ -176,3 +185,11 @@ def test_reading_is_bounded() -> None:
     reading.feed("x" * 1000)
     with pytest.raises(UnclearError):
         any(reading.catch_up() for _ in range(1000))
+
+
+def test_what_is_kept_of_a_text_is_bounded() -> None:
+    """A long text of rules that call each other: for every character somebody waits."""
+    reading = Reading(Machine(grammar(JSON_LIKE)))
+    reading.feed('{"a":' + "[" * (MOST_CHARACTERS // 2))
+    with pytest.raises(UnclearError, match=f"more than {MOST_WAITING} items"):
+        any(reading.catch_up() for _ in range(MOST_CHARACTERS))

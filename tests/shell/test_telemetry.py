@@ -13,6 +13,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
 from penstock import __version__
+from penstock.shell import serving as serving_streams
 from penstock.shell import telemetry
 from penstock.shell.replay import serving
 from support import chunks
@@ -224,6 +225,21 @@ async def test_a_client_that_leaves_while_it_asks_is_a_server_span_alone(receive
             assert await client.read_head() == b"HTTP/1.1 100 Continue"
     [span] = receiver.spans
     assert (span.status, span.attributes["error.type"]) == (OK, "client_gone")
+
+
+@pytest.mark.parametrize("broken", ["read_request", "Exchange"])
+async def test_a_fault_of_ours_before_there_is_a_stream_is_an_error_of_the_server_span(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(serving_streams, broken, fails)
+    async with in_front_of(replay()) as setup:
+        assert (await setup.caller.stream(**replayed("plain"))).status == 500
+    [span] = receiver.spans
+    assert (span.kind, span.status) == (SERVER, ERROR)
+    assert (span.attributes["error.type"], span.attributes["http.response.status_code"]) == ("internal_error", 500)
 
 
 async def test_no_span_holds_the_conversation(receiver: Receiver) -> None:

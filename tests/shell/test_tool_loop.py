@@ -1,6 +1,7 @@
 """Tools that Penstock runs: over real HTTP and real MCP, with everything that can go wrong on the way."""
 
 import asyncio
+import gzip
 import json
 import socket
 import sys
@@ -410,6 +411,24 @@ async def test_an_endless_answer_to_a_message_of_ours_is_not_read_to_its_end() -
         assert len((await client.get(f"{url}/mcp")).content) == 3 << 20
 
 
+async def test_a_compressed_answer_to_a_message_of_ours_is_not_read() -> None:
+    """A thousandth of the bound may become more than a bound of it; a server that compresses unasked is not heard."""
+    asked_for: list[str | None] = []
+
+    async def packed(request: web.Request) -> web.Response:
+        asked_for.append(request.headers.get("Accept-Encoding"))
+        return web.Response(body=gzip.compress(bytes(16 << 20)), headers={"Content-Encoding": request.query["as"]})
+
+    app = web.Application()
+    app.router.add_post("/mcp", packed)
+    networks = [ip_network("127.0.0.0/8")]
+    async with serving(app) as url, guarded_client({}, networks, result_bytes=1000) as client:
+        with pytest.raises(httpx2.ReadError, match="answered in 'gzip'"):
+            await client.post(f"{url}/mcp?as=gzip")
+        assert (await client.post(f"{url}/mcp?as=identity")).content[:2] == b"\x1f\x8b"
+    assert asked_for == ["identity", "identity"]
+
+
 # --- MCP ------------------------------------------------------------------------------------------
 
 SERVER = """
@@ -550,6 +569,20 @@ async def test_an_mcp_server_that_is_not_there() -> None:
         answer = await streamed(setup)
     assert answer.one("tool_call.result")["problem"].startswith("the MCP server /nonexistent/server cannot be reached")
     assert answer.end["status"] == "completed"
+
+
+async def test_an_mcp_server_that_never_opens_a_session_is_not_waited_for_again(tmp_path: Path) -> None:
+    """The first process hangs until it is left, which it tells; the next one goes away at once."""
+    started, again, left = (tmp_path / name for name in ("started", "again", "left"))
+    script = (
+        f"if [ -e {started} ]; then touch {again}; exit 1; fi; touch {started}; cat > {tmp_path}/said; touch {left}"
+    )
+    bindings = [{"tools": ["count"], "command": ["sh", "-c", script], "timeout_seconds": 1, "retries": 1}]
+    async with in_front_of(engine_app(Model(*ONCE).answer)[0], tools__bindings=bindings) as setup:
+        answer = await streamed(setup)
+        await until(left.exists)
+    assert not answer.one("tool_call.result")["ok"]
+    assert again.exists()
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
+from typing import Final
 from urllib.parse import urlsplit
 
 import orjson
 
 from penstock.core.detokenize import Vocabulary
-from penstock.core.errors import CallerError, EngineError
+from penstock.core.errors import CallerError, EngineError, Problem
 from penstock.core.prompt import least_tokens, prefix_key
 from penstock.core.request import StreamRequest
 from penstock.settings import Routing, Settings, Upstream
@@ -197,6 +198,15 @@ class Wish:
     model: str
     affinity: bytes | None = None
     zone: str = ""
+
+
+# How an engine answers at once that it is full.
+FULL: Final = (429, 503)
+
+
+def cost_nothing(problem: Problem) -> bool:
+    """Whether the engine did no work on the request: it was not reached, or it was full."""
+    return problem.code == "engine_unreachable" or problem.status in FULL
 
 
 def no_engine() -> EngineError:

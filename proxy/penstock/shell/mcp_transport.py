@@ -13,19 +13,19 @@ from penstock.shell.reach import GuardedResolver, Networks
 
 # As the package has them: a server may hold its stream of events open for long. A call has the binding's own limit.
 _TIMEOUT = httpx2.Timeout(30, read=300)
-
-
-# JSON writes a byte in six at most, and a result has words around it.
+# JSON writes a byte in six at most (`\u0000`). Around a result stand the message's frame and the server's own notes
+# (progress, log lines), which come in the same answer: 1 MiB is ample, and little to hold for a call.
 _MOST_PER_BYTE, _MOST_AROUND = 6, 1 << 20
 
 
 def guarded_client(headers: Mapping[str, str], allowed: Networks, result_bytes: int) -> httpx2.AsyncClient:
     """For results of `result_bytes`: the answer to a message of ours breaks off at a bound that those fit into.
 
-    Follows no redirect; the package follows those within the server's own origin. Uses no proxy.
+    Follows no redirect; the package follows those within the server's own origin. Uses no proxy, and no compression:
+    the bound would count what little is sent, not what becomes of it.
     """
     transport = _GuardedTransport(allowed, result_bytes * _MOST_PER_BYTE + _MOST_AROUND)
-    return httpx2.AsyncClient(headers=dict(headers), timeout=_TIMEOUT, transport=transport)
+    return httpx2.AsyncClient(headers={**headers, "Accept-Encoding": "identity"}, timeout=_TIMEOUT, transport=transport)
 
 
 class _GuardedTransport(httpx2.AsyncBaseTransport):
@@ -45,6 +45,10 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
             extensions={**request.extensions, "sni_hostname": host},
         )
         answer = await self._inner.handle_async_request(sent)
+        encoding = answer.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            await answer.aclose()
+            raise httpx2.ReadError(f"the MCP server answered in {encoding!a}, and was asked for identity")
         if request.method == "POST" and isinstance(answer.stream, httpx2.AsyncByteStream):
             answer.stream = _Bounded(answer.stream, self._most)
         return answer

@@ -25,7 +25,7 @@ from penstock.settings import Settings
 from penstock.shell.admission import Admission, Place, read_body
 from penstock.shell.auth import caller_of
 from penstock.shell.books import Account, Books, guessed_tokens
-from penstock.shell.cluster import Cluster, Member, Wish, no_engine
+from penstock.shell.cluster import FULL, Cluster, Member, Wish, cost_nothing, no_engine
 from penstock.shell.engine import Engine
 from penstock.shell.telemetry import CLIENT_GONE, StreamTrace, Telemetry
 
@@ -34,7 +34,6 @@ _log = logging.getLogger("penstock")
 _PASSED_HEADERS = (hdrs.CONTENT_TYPE, hdrs.ACCEPT)
 # An answer may be a stream: what keeps proxies off those does no harm to others.
 _ANSWER_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-_FULL = (429, 503)
 # vLLM's routes whose answer no model computes. They cost no tokens, however long what is sent to them.
 _WITHOUT_A_MODEL = {"/tokenize", "/detokenize", "/tokenizer_info", "/version", "/ping", "/load", "/server_info"}
 
@@ -164,14 +163,14 @@ class Passthrough:
                     headers = {**trace, **passed, **own}
                     async with member.engine.request(request.method, request.path[1:], request.body, headers) as said:
                         is_last = self._cluster.choose(wish, tried) is None
-                        if said.status not in _FULL or is_last:
+                        if said.status not in FULL or is_last:
                             await answer.take(said)
                             return
             except EngineError as error:
                 if answer.has_begun:
                     answer.fail(error)
                     return
-                retries -= error.code != "engine_unreachable"
+                retries -= not cost_nothing(error)
                 problem = error
         raise problem
 

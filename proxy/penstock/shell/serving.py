@@ -37,6 +37,9 @@ from penstock.shell.streams import LiveStream, Streams
 from penstock.shell.telemetry import CLIENT_GONE, StreamTrace, Telemetry
 from penstock.shell.tools import Toolbox
 
+# What the server answers to an exception that nobody thought of.
+_OUR_BUG = ("internal_error", 500)
+
 TokensOf = Callable[[int], tuple[int, int]]
 """Prompt and completion tokens of a choice so far."""
 
@@ -107,8 +110,11 @@ class Serving:
             except Problem as problem:
                 trace.refuse(problem.code, problem.status)
                 raise
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, ConnectionResetError):
                 trace.refuse("client_gone", CLIENT_GONE)
+                raise
+            except Exception:
+                trace.refuse(*_OUR_BUG)
                 raise
             if isinstance(log, Claim):
                 account.drop()
@@ -129,6 +135,7 @@ class Serving:
                 driver = self._drive(question, stream, surface, account, place)
             except Exception:
                 stream.outlet.end()
+                trace.refuse(*_OUR_BUG)
                 raise
             await self._streams.carry(stream, driver, entered.pop_all())
         if client.response is None:

@@ -21,7 +21,7 @@ from penstock.core.signals import (
     Signal,
 )
 from penstock.core.tagged_stream import TaggedReader
-from penstock.shell.cluster import Cluster, Member, Wish, no_engine
+from penstock.shell.cluster import Cluster, Member, Wish, cost_nothing, no_engine
 from penstock.shell.engine import Engine, heard, read_up_to
 from penstock.shell.tagged import PluginConnection
 
@@ -245,10 +245,6 @@ def _error_type(body: bytes) -> object:
         return None
 
 
-# Of these the engine did no work on the request: it was not reached, or it refused at once for being full.
-_COSTS_NOTHING = "engine_unreachable"
-_FULL = (429, 503)
-
 Ask = Callable[[Engine], tuple[TaggedReader | None, Answer]]
 """Puts the request to an engine; the reader is there where the answer is tagged tokens."""
 
@@ -298,8 +294,7 @@ class ClusterAnswer:
             self._answer.resume()
 
     def try_another(self, problem: Problem) -> None:
-        if problem.code != _COSTS_NOTHING and problem.status not in _FULL:
-            self._retries -= 1
+        self._retries -= not cost_nothing(problem)
         self._failed = True
         self._gave_up(problem)
         self.abort()

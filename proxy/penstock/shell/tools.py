@@ -20,6 +20,7 @@ from penstock.core.errors import Problem
 from penstock.core.request import StreamRequest
 from penstock.core.signals import ToolReturned, ToolTried
 from penstock.core.wishes import ToolRun
+from penstock.shell.engine import read_up_to
 from penstock.shell.reach import GuardedResolver, OutOfReach, guarded_sockets
 from penstock.shell.sources import Ear, Source
 from penstock.tool_settings import Binding, Tools
@@ -134,7 +135,7 @@ class HttpTool:
             async with self._session.post(
                 url, data=run.arguments.encode(), headers=merged, allow_redirects=False
             ) as answer:
-                body = await _read(answer, self._most)
+                body = await read_up_to(answer, self._most + 1)  # by which `Toolbox` knows that it is too long
         except OutOfReach as error:
             raise ToolFailed(str(error), may_retry=False) from error
         except (aiohttp.ClientError, OSError) as error:
@@ -147,25 +148,14 @@ class HttpTool:
         await self._session.close()
 
 
-async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body, or a little more of it than may be; the rest is not read."""
-    pieces, size = [], 0
-    async for piece in answer.content.iter_any():
-        pieces.append(piece)
-        size += len(piece)
-        if size > most:
-            break
-    return b"".join(pieces)
-
-
 # --- MCP ------------------------------------------------------------------------------------------
 
 
 class McpTool:
     """One MCP server, by streamable HTTP or as a process of ours. Its session is opened by the first call.
 
-    One that fails a call gets no more of them, since an answer does not tell whether the session is broken: the next
-    call opens another, and those that run in it go on.
+    One that fails a call, or has not opened when a call's time is up, gets no more of them, since nothing tells whether
+    the session is broken: the next call opens another, and those that run in it go on.
     """
 
     def __init__(self, binding: Binding, settings: Tools) -> None:
@@ -187,6 +177,8 @@ class McpTool:
                 meta = {"idempotencyKey": run.key, **headers}
                 result = await session.call_tool(run.name, orjson.loads(run.arguments), meta=meta)
         except (asyncio.CancelledError, TimeoutError):
+            if not live.has_opened:  # its server may hang: the next call is not to wait for it as well
+                self._retire(live)
             raise
         except Exception as error:  # the package's own errors, and those of its transports
             self._retire(live)
@@ -227,17 +219,20 @@ class McpTool:
             raise ToolFailed("install penstock[mcp] to reach MCP servers", may_retry=False) from None
         binding = self._binding
         async with contextlib.AsyncExitStack() as stack:
-            if binding.mcp is not None:
-                await self._check(binding.mcp)
-                headers = {name: value.get_secret_value() for name, value in binding.headers.items()}
-                client = await stack.enter_async_context(guarded_client(headers, self._allowed, self._most))
-                streams = await stack.enter_async_context(streamable_http_client(binding.mcp, http_client=client))
-            else:
-                command, *arguments = binding.command
-                server = StdioServerParameters(command=command, args=arguments, env=dict(binding.environment) or None)
-                streams = await stack.enter_async_context(stdio_client(server))
-            session = await stack.enter_async_context(ClientSession(streams[0], streams[1]))
-            await session.initialize()
+            async with asyncio.timeout(binding.timeout_seconds):
+                if binding.mcp is not None:
+                    await self._check(binding.mcp)
+                    headers = {name: value.get_secret_value() for name, value in binding.headers.items()}
+                    client = await stack.enter_async_context(guarded_client(headers, self._allowed, self._most))
+                    streams = await stack.enter_async_context(streamable_http_client(binding.mcp, http_client=client))
+                else:
+                    command, *arguments = binding.command
+                    server = StdioServerParameters(
+                        command=command, args=arguments, env=dict(binding.environment) or None
+                    )
+                    streams = await stack.enter_async_context(stdio_client(server))
+                session = await stack.enter_async_context(ClientSession(streams[0], streams[1]))
+                await session.initialize()
             yield session
 
     async def _check(self, url: str) -> None:
