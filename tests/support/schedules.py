@@ -100,9 +100,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     listeners = listen(engine, len(LENGTHS))
     outputs = [output.outputs[0] for output in engine.generate(prompts, wanted, use_tqdm=False)]
     heard = [listener.runs() for listener in listeners]
-    metrics = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
-    # Room is given back whole: a second round is served as the first.
+    # Room is given back whole: a second round is served as the first. Its grammars are known, so all begin at once.
     again = [output.outputs[0].text for output in engine.generate(prompts, wanted, use_tqdm=False)]
+    metrics = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
     scheduler = vars(engine.llm_engine.engine_core.engine_core.scheduler)
     hooked = ["_update_request_with_output" in scheduler]
     engine.generate(prompts[:1], SamplingParams(max_tokens=2), use_tqdm=False)
